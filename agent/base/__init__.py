@@ -1,0 +1,1 @@
+"""Ground floor: errors, files, configuration, clock, systemd. Imports nothing of the agent."""

@@ -1,0 +1,224 @@
+"""The manifest ``model.json``, format ``edge-model/1``.
+
+An unknown field is an error within a format version, so that a misspelt requirement never silently holds. Texts are
+bounded, numbers finite. ``Manifest.model_validate_json`` raises pydantic's ValidationError; ``parse_manifest`` wraps it
+as a ``PeerError`` that names the field.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from agent.base.datatypes import Datatype
+from agent.base.errors import PeerError
+
+FORMAT = "edge-model/1"
+MAX_MANIFEST_BYTES = 1 << 20
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}\Z")]
+#: SemVer 2.0.0, https://semver.org (numeric identifiers have no leading zeros).
+SemVer = Annotated[
+    str,
+    StringConstraints(
+        max_length=128,
+        pattern=r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?\Z",
+    ),
+]
+Text = Annotated[str, StringConstraints(max_length=4096)]
+ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\Z")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+Runtime = Literal["onnx", "tflite"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "mixed"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Part):
+    """One input or output. ``shape`` has -1 where an axis is free."""
+
+    name: ShortText
+    datatype: Datatype
+    shape: Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(max_length=32)]
+    optional: bool = False
+
+
+class Technique(_Part):
+    """How a variant was compressed: quantized, pruned, distilled, low-rank, weight-shared …, with free parameters."""
+
+    name: ShortText
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+def _relative_file(path: str) -> str:
+    """A plain file name inside the bundle: no directories, no dot files, nothing a shell or tar could twist."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", path):
+        raise ValueError("must be a plain file name of letters, digits, '.', '_' and '-'")
+    return path
+
+
+FileName = Annotated[str, AfterValidator(_relative_file)]
+
+
+class FileRef(_Part):
+    """A file of the bundle with its plaintext digest and size in bytes."""
+
+    name: FileName
+    sha256: Sha256
+    size: Annotated[int, Field(ge=0, le=1 << 40)]
+
+
+class Requires(_Part):
+    """What a variant needs. ``all_features``/``any_features`` use detection's words (``dotprod``, ``avx2`` …)."""
+
+    arch: tuple[ShortText, ...] = ()
+    all_features: tuple[ShortText, ...] = ()
+    any_features: tuple[ShortText, ...] = ()
+    accelerator: ShortText | None = None
+    min_memory_mb: Annotated[int, Field(ge=0)] = 0
+    runtime_version: ShortText | None = None
+
+
+class Quality(_Part):
+    """The packer's measured quality; higher is better (``accuracy``, ``top1_agreement``, ``map50`` …)."""
+
+    metric: ShortText
+    value: Finite
+
+
+class Variant(_Part):
+    """One file of a version: runtime x precision x technique."""
+
+    id: Name
+    runtime: Runtime
+    precision: Precision
+    technique: tuple[Technique, ...] = ()
+    derived_from: Name | None = None
+    file: FileRef
+    requires: Requires = Requires()
+    quality: Quality | None = None
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class Golden(_Part):
+    """Real inputs and the reference model's outputs (an ``.npz``: ``input/NAME`` and ``output/NAME`` arrays).
+
+    ``top1``: least share of equal arg-max along the last axis; ``cosine``: least mean cosine similarity;
+    ``max_abs``: largest absolute difference allowed. The first axis of every array counts the examples.
+    """
+
+    file: FileRef
+    metric: Literal["top1", "cosine", "max_abs"]
+    threshold: Finite
+
+
+class Policy(_Part):
+    """What the choice prefers among the variants that answer rightly on this device."""
+
+    prefer: Literal["latency", "accuracy", "energy", "memory"] = "latency"
+    min_quality: Finite | None = None
+    max_latency_ms: Annotated[Finite, Field(gt=0)] | None = None
+    cascade: dict[str, JsonValue] | None = None
+
+
+class CachePolicy(_Part):
+    """Result cache, opt-in: time to live in seconds, size in MB, whether to re-warm after activation."""
+
+    ttl_s: Annotated[Finite, Field(gt=0)]
+    max_mb: Annotated[Finite, Field(gt=0)] = 8.0
+    prewarm: bool = False
+
+
+class BatchingPolicy(_Part):
+    """Micro-batching, opt-in."""
+
+    max_size: Annotated[int, Field(ge=1, le=1024)]
+    max_delay_us: Annotated[int, Field(ge=0, le=1_000_000)]
+
+
+class Manifest(_Part):
+    """A version of a model."""
+
+    format: Literal["edge-model/1"]
+    name: Name
+    version: SemVer
+    task: Text = ""
+    description: Text = ""
+    license: Text = ""
+    labels: tuple[Annotated[str, StringConstraints(max_length=256)], ...] = ()
+    inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=256)]
+    outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=256)]
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1, max_length=64)]
+    golden: Golden | None = None
+    policy: Policy = Policy()
+    cache: CachePolicy | None = None
+    batching: BatchingPolicy | None = None
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Manifest:
+        _refuse_repeats("inputs", [spec.name for spec in self.inputs])
+        _refuse_repeats("outputs", [spec.name for spec in self.outputs])
+        ids = [variant.id for variant in self.variants]
+        _refuse_repeats("variants", ids)
+        for variant in self.variants:
+            if variant.derived_from is not None and (
+                variant.derived_from not in ids or variant.derived_from == variant.id
+            ):
+                raise ValueError(
+                    f"variants: {variant.id} is derived from {variant.derived_from}, which is not another variant"
+                )
+        refs = self.files()
+        sizes = {ref.name: (ref.sha256, ref.size) for ref in refs}
+        if any(sizes[ref.name] != (ref.sha256, ref.size) for ref in refs):
+            raise ValueError("one file name stands for two contents")
+        if "model.json" in sizes:
+            raise ValueError("model.json is the manifest's own name")
+        return self
+
+    def files(self) -> tuple[FileRef, ...]:
+        """Every file that the bundle must bring, variants first, golden set last."""
+        golden = (self.golden.file,) if self.golden else ()
+        return tuple(variant.file for variant in self.variants) + golden
+
+    def variant(self, variant_id: str) -> Variant:
+        """The variant of that id; KeyError when there is none."""
+        for variant in self.variants:
+            if variant.id == variant_id:
+                return variant
+        raise KeyError(variant_id)
+
+
+def _refuse_repeats(what: str, names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{what}: {', '.join(repeated)} named more than once")
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """The manifest in ``data`` (UTF-8 JSON). PeerError naming each wrong field, at most five."""
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise PeerError(f"cannot read manifest: larger than {MAX_MANIFEST_BYTES} bytes")
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)
+        lines = [
+            f"{'.'.join(str(part) for part in p['loc']) or 'document'}: {p['msg']}" for p in problems[:5]
+        ]
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise PeerError(f"cannot read manifest: {'; '.join(lines)}{more}") from error

@@ -1,0 +1,1 @@
+"""What this device can do: facts read from files, profiles of board families, sensors."""

@@ -1,0 +1,1 @@
+"""Running models: tensors, runtimes, trial children, the engine."""
