@@ -48,9 +48,7 @@ def decode_bytes_elements(data: bytes | memoryview, count: int) -> list[bytes]:
     offset = 0
     # Each element needs at least its length: a lying count is found before anything is reserved for it.
     if count * _LENGTH.size > len(view):
-        raise ValueError(
-            f"{count} BYTES elements need at least {count * _LENGTH.size} bytes, got {len(view)}"
-        )
+        raise ValueError(f"{count} BYTES elements need at least {count * _LENGTH.size} bytes, got {len(view)}")
     for index in range(count):
         if offset + _LENGTH.size > len(view):
             raise ValueError(f"BYTES element {index}: length missing at byte {offset}")

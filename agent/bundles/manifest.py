@@ -217,8 +217,6 @@ def parse_manifest(data: bytes) -> Manifest:
         return Manifest.model_validate_json(data)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
-        lines = [
-            f"{'.'.join(str(part) for part in p['loc']) or 'document'}: {p['msg']}" for p in problems[:5]
-        ]
+        lines = [f"{'.'.join(str(part) for part in p['loc']) or 'document'}: {p['msg']}" for p in problems[:5]]
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise PeerError(f"cannot read manifest: {'; '.join(lines)}{more}") from error

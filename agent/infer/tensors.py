@@ -68,9 +68,7 @@ def check_inputs(specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> dict[
         if tensor.name in arrays:
             raise PeerError(f"input '{tensor.name}': given twice")
         if tensor.datatype != spec.datatype:
-            raise PeerError(
-                f"input '{tensor.name}': datatype {tensor.datatype}, the model takes {spec.datatype}"
-            )
+            raise PeerError(f"input '{tensor.name}': datatype {tensor.datatype}, the model takes {spec.datatype}")
         shape = tensor.array.shape
         if len(shape) != len(spec.shape) or any(
             want not in (-1, have) for want, have in zip(spec.shape, shape, strict=True)
