@@ -1,0 +1,310 @@
+"""The configuration file: its keys, their defaults and limits, and where the agent's files are.
+
+Invariants: an unknown key is an error, so that a misspelt limit never silently fails to hold; every default serves on
+every device; a loaded ``Config`` is frozen, a reload makes a new one. Only ``load`` and ``read_toml`` read the disk.
+``read_toml`` and ``describe_problems`` are shared with whoever else reads TOML (hardware profiles).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from agent.base.errors import ConfigError
+from agent.base.files import read_bounded
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # the same reader, for Python 3.10
+
+DEFAULT_CONFIG = Path("/etc/edge-agent/config.toml")
+DEFAULT_STATE_DIR = Path("/var/lib/edge-agent")
+DEFAULT_RUN_DIR = Path("/run/edge-agent")
+MAX_TOML_BYTES = 1 << 20
+#: sun_path of unix(7) without its closing NUL.
+MAX_SOCKET_PATH = 107
+
+#: "auto" leaves a number to the profile of the board or to what is measured.
+Auto = Literal["auto"]
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Megabytes = Annotated[int, Field(ge=1, le=1 << 24)]
+Count = Annotated[int, Field(ge=1, le=65_536)]
+#: pydantic's patterns are Rust's: "$" is the very end of the text, a newline before it does not match.
+#: useradd(8) allows 32 characters; names of a directory service may have dots, '@' and capitals.
+AccountName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}$")]
+AccountId = Annotated[int, Field(ge=0, le=(1 << 32) - 2)]
+ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+class _Section(BaseModel):
+    # strict: "30" is not 30, true is not 1. A file written by hand should mean what it says.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ServerConfig(_Section):
+    """Limits of the sockets: they keep one app from starving the others."""
+
+    deadline_s: Seconds = 30.0
+    idle_s: Seconds = 60.0
+    max_body_mb: Megabytes = 64
+    max_header_kb: Annotated[int, Field(ge=1, le=1024)] = 16
+    connections_per_uid: Count = 64
+    max_connections: Count = 256
+    queue_per_model: Count = 64
+    drain_s: Seconds = 20.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServerConfig:
+        if self.connections_per_uid > self.max_connections:
+            raise ValueError("connections_per_uid must not be above max_connections")
+        return self
+
+
+class StoreConfig(_Section):
+    """The encrypted store."""
+
+    quota_mb: Megabytes = 4096
+
+
+class SelectionConfig(_Section):
+    """How candidates are tried."""
+
+    candidates: Annotated[int, Field(ge=1, le=64)] = 4
+    min_rounds: Annotated[int, Field(ge=1, le=10_000)] = 5
+    max_rounds: Annotated[int, Field(ge=1, le=10_000)] = 40
+    trial_timeout_s: Seconds = 120.0
+    trial_memory_mb: Megabytes | Auto = "auto"
+    threads: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"
+    quarantine_after: Annotated[int, Field(ge=1, le=100)] = 3
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SelectionConfig:
+        if self.min_rounds > self.max_rounds:
+            raise ValueError("min_rounds must not be above max_rounds")
+        return self
+
+
+class MemoryConfig(_Section):
+    """Memory for loaded models."""
+
+    budget_mb: Megabytes | Auto = "auto"
+
+
+class AccessRule(_Section):
+    """Who may use one model: any one of the lists suffices. Empty lists mean nobody but root."""
+
+    # strict=False on the tuple alone: TOML has lists; what is in them stays strict.
+    uids: Annotated[tuple[AccountId, ...], Field(strict=False)] = ()
+    gids: Annotated[tuple[AccountId, ...], Field(strict=False)] = ()
+    users: Annotated[tuple[AccountName, ...], Field(strict=False)] = ()
+    groups: Annotated[tuple[AccountName, ...], Field(strict=False)] = ()
+
+
+class AccessConfig(_Section):
+    """Who may use which model. ``default`` holds for models without a rule: whoever may connect, or nobody but root."""
+
+    default: Literal["group", "deny"] = "group"
+    models: dict[ModelName, AccessRule] = Field(default_factory=dict)
+
+
+class TrustConfig(_Section):
+    """Whether bundles without a signature may be added on the device."""
+
+    unsigned: Literal["allow", "refuse"] = "allow"
+
+
+class LogConfig(_Section):
+    """What is logged to stderr."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class SocketsConfig(_Section):
+    """Owners of the sockets where core itself makes them; under systemd the socket units say so.
+
+    ``infer_group`` is the apps' group ("" = the group that core runs as); ``link_user`` may carry on the admin socket.
+    """
+
+    infer_group: AccountName | Literal[""] = ""
+    link_user: AccountName = "edge-agent-link"
+
+
+class Config(_Section):
+    """The whole file."""
+
+    server: ServerConfig = ServerConfig()
+    store: StoreConfig = StoreConfig()
+    selection: SelectionConfig = SelectionConfig()
+    memory: MemoryConfig = MemoryConfig()
+    access: AccessConfig = AccessConfig()
+    trust: TrustConfig = TrustConfig()
+    log: LogConfig = LogConfig()
+    sockets: SocketsConfig = SocketsConfig()
+
+
+def parse(document: Mapping[str, Any], source: str) -> Config:
+    """A parsed TOML document as a Config. ConfigError names ``source``, the field, and what it must be."""
+    try:
+        return Config.model_validate(dict(document))
+    except ValidationError as error:
+        raise ConfigError(
+            f"cannot read {source}: {describe_problems(error, Config)}",
+            hint="every key with its default is in docs/reference/config.md",
+        ) from error
+
+
+def load(path: Path | None, *, explicit: bool) -> Config:
+    """The configuration in ``path``. No path, or a missing file that nobody asked for, means the defaults. ConfigError.
+
+    A file that is there and cannot be read is always an error: defaults in its place would lift limits unnoticed.
+    """
+    if path is None or (not explicit and not os.path.lexists(path)):
+        return Config()
+    return parse(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The TOML document in ``path``, at most 1 MiB. ConfigError names the file and, for syntax, line and column."""
+    try:
+        data = read_bounded(path, MAX_TOML_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > MAX_TOML_BYTES:
+        raise ConfigError(f"cannot read {path}: larger than {MAX_TOML_BYTES} bytes")
+    try:
+        document: dict[str, Any] = tomllib.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"cannot read {path}: line {line}: not UTF-8 text") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"cannot read {path}: {_syntax(str(error))}") from error
+    except RecursionError as error:
+        raise ConfigError(f"cannot read {path}: nested too deeply") from error
+    return document
+
+
+def describe_problems(error: ValidationError, model: type[BaseModel] | None = None, *, limit: int = 5) -> str:
+    """``field: must be …`` for each problem, the first ``limit`` of them; near names of ``model`` for unknown keys."""
+    lines: list[str] = []
+    for problem in error.errors(include_url=False, include_context=False, include_input=False):
+        location = [str(part) for part in problem["loc"]]
+        # A union reports each member ("budget_mb.literal['auto']"), a mapping its keys ("models.A B.[key]").
+        if location and re.fullmatch(r"(constrained-)?(int|float|str)|.*[\[(].*", location[-1]):
+            location.pop()
+        field = ".".join(location) or "(file)"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{field}: unknown key{_near(problem['loc'], model)}")
+        else:
+            text = re.sub(r"^(Input|String|Value error,|Tuple|List|Dictionary)( should)? ?", "", problem["msg"])
+            lines.append(f"{field}: {_requirement(text)}")
+    unique = _join_unions(lines)
+    more = f" (and {len(unique) - limit} more)" if len(unique) > limit else ""
+    return "; ".join(unique[:limit]) + more
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where the agent's files are. ``config_explicit`` tells that somebody named the file, so that it must exist."""
+
+    config: Path = DEFAULT_CONFIG
+    state_dir: Path = DEFAULT_STATE_DIR
+    run_dir: Path = DEFAULT_RUN_DIR
+    config_explicit: bool = False
+
+    @property
+    def infer_socket(self) -> Path:
+        """The apps' socket. ConfigError when the kernel could not bind a path of this length."""
+        return self._socket("infer.sock")
+
+    @property
+    def admin_socket(self) -> Path:
+        """The socket of root and link. ConfigError when the kernel could not bind a path of this length."""
+        return self._socket("admin.sock")
+
+    @property
+    def user_profiles(self) -> Path:
+        """The integrator's own hardware profiles, beside the configuration file; they win over the shipped ones."""
+        return self.config.parent / "hw_profiles"
+
+    @property
+    def device_secret(self) -> Path:
+        """The file that holds the device secret where the service manager has no credential."""
+        return self.state_dir / "keys" / "device-secret"
+
+    def _socket(self, name: str) -> Path:
+        path = self.run_dir / name
+        length = len(os.fsencode(path))
+        if length > MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"cannot use {path} as a socket: {length} bytes, the kernel takes {MAX_SOCKET_PATH}",
+                hint="choose a shorter --run-dir",
+            )
+        return path
+
+
+def resolve_paths(
+    environ: Mapping[str, str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    state_dir: str | os.PathLike[str] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+) -> Paths:
+    """Flag before environment before default, each made absolute. An empty variable counts as not set."""
+
+    def pick(flag: str | os.PathLike[str] | None, variable: str, default: Path) -> Path:
+        chosen = flag if flag is not None else environ.get(variable) or default
+        return Path(os.path.abspath(chosen))
+
+    return Paths(
+        config=pick(config, "EDGE_AGENT_CONFIG", DEFAULT_CONFIG),
+        state_dir=pick(state_dir, "EDGE_AGENT_STATE_DIR", DEFAULT_STATE_DIR),
+        run_dir=pick(run_dir, "EDGE_AGENT_RUN_DIR", DEFAULT_RUN_DIR),
+        config_explicit=config is not None or bool(environ.get("EDGE_AGENT_CONFIG")),
+    )
+
+
+def _syntax(message: str) -> str:
+    """``Invalid value (at line 3, column 5)`` -> ``line 3, column 5: invalid value``."""
+    match = re.fullmatch(r"(?s)(.*?) \(at (.*)\)", message)
+    return f"{match[2]}: {match[1][:1].lower()}{match[1][1:]}" if match else message
+
+
+def _requirement(text: str) -> str:
+    """pydantic's sentence without its subject: ``be greater than 0`` -> ``must be greater than 0``."""
+    text = re.sub(r"a valid dictionary or instance of \w+", "a table", text)
+    return f"must {text}" if text.startswith(("be ", "match ", "have ", "not ")) else text
+
+
+def _near(location: tuple[int | str, ...], model: type[BaseModel] | None) -> str:
+    """Suggest the key that was probably meant, among those of the section that the unknown one stands in."""
+    section: Any = model
+    for part in location[:-1]:
+        known = isinstance(section, type) and issubclass(section, BaseModel)
+        field = section.model_fields.get(str(part)) if known else None
+        section = field.annotation if field else None
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        return ""
+    near = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _join_unions(lines: list[str]) -> list[str]:
+    """One line a field: the members of a union are joined by "or"."""
+    by_field: dict[str, list[str]] = {}
+    for line in lines:
+        field, _, text = line.partition(": ")
+        by_field.setdefault(field, []).append(text)
+    return [
+        f"{field}: {texts[0]}" + "".join(f" or {text.removeprefix('must ')}" for text in texts[1:])
+        for field, texts in by_field.items()
+    ]
