@@ -1,7 +1,7 @@
 """Errors that say who must act.
 
-Every error that crosses a package boundary is one of these. Its text reads ``cannot X: reason``; the optional hint tells
-the mend. Only command lines turn them into exit statuses, only ``serve`` turns them into HTTP statuses.
+Every error that crosses a package boundary is one of these. Its text reads ``cannot X: reason``; the optional hint
+tells the mend. Only command lines turn them into exit statuses, only ``serve`` turns them into HTTP statuses.
 """
 
 from __future__ import annotations

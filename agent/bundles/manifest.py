@@ -25,20 +25,23 @@ from agent.base.datatypes import Datatype
 from agent.base.errors import PeerError
 
 FORMAT = "edge-model/1"
+MANIFEST_NAME = "model.json"
 MAX_MANIFEST_BYTES = 1 << 20
+#: What the eleven octal digits of a plain tar header can say.
+MAX_FILE_BYTES = 8**11 - 1
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}\Z")]
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 #: SemVer 2.0.0, https://semver.org (numeric identifiers have no leading zeros).
 SemVer = Annotated[
     str,
     StringConstraints(
         max_length=128,
-        pattern=r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?\Z",
+        pattern=r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?$",
     ),
 ]
 Text = Annotated[str, StringConstraints(max_length=4096)]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\Z")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 Runtime = Literal["onnx", "tflite"]
@@ -50,12 +53,23 @@ class _Part(BaseModel):
 
 
 class TensorSpec(_Part):
-    """One input or output. ``shape`` has -1 where an axis is free."""
+    """One input or output. ``shape`` has -1 where an axis is free.
+
+    A model file may leave even the number of axes open: then ``any_rank`` is true and ``shape`` is ``[-1]``, which
+    clients read as "varies" and which nothing compares with.
+    """
 
     name: ShortText
     datatype: Datatype
     shape: Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(max_length=32)]
     optional: bool = False
+    any_rank: bool = False
+
+    @model_validator(mode="after")
+    def _unknown_rank_names_no_axes(self) -> TensorSpec:
+        if self.any_rank and self.shape != (-1,):
+            raise ValueError("any_rank goes with shape [-1]")
+        return self
 
 
 class Technique(_Part):
@@ -66,8 +80,8 @@ class Technique(_Part):
 
 
 def _relative_file(path: str) -> str:
-    """A plain file name inside the bundle: no directories, no dot files, nothing a shell or tar could twist."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", path):
+    """A plain file name inside the bundle: no directories, no dot files, and short enough for a plain tar header."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", path):
         raise ValueError("must be a plain file name of letters, digits, '.', '_' and '-'")
     return path
 
@@ -80,7 +94,7 @@ class FileRef(_Part):
 
     name: FileName
     sha256: Sha256
-    size: Annotated[int, Field(ge=0, le=1 << 40)]
+    size: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
 
 
 class Requires(_Part):
@@ -183,17 +197,21 @@ class Manifest(_Part):
                     f"variants: {variant.id} is derived from {variant.derived_from}, which is not another variant"
                 )
         refs = self.files()
-        sizes = {ref.name: (ref.sha256, ref.size) for ref in refs}
-        if any(sizes[ref.name] != (ref.sha256, ref.size) for ref in refs):
+        names = {ref.name for ref in refs}
+        if len(names) != len(refs):
             raise ValueError("one file name stands for two contents")
-        if "model.json" in sizes:
-            raise ValueError("model.json is the manifest's own name")
+        if MANIFEST_NAME in names:
+            raise ValueError(f"{MANIFEST_NAME} is the manifest's own name")
         return self
 
     def files(self) -> tuple[FileRef, ...]:
-        """Every file that the bundle must bring, variants first, golden set last."""
+        """Every file that the bundle must bring, once each: variants first, golden set last."""
         golden = (self.golden.file,) if self.golden else ()
-        return tuple(variant.file for variant in self.variants) + golden
+        return tuple(dict.fromkeys((*(variant.file for variant in self.variants), *golden)))
+
+    def to_json(self) -> bytes:
+        """The manifest as ``model.json`` holds it: what equals a default is left out, so that it reads well."""
+        return self.model_dump_json(indent=2, exclude_defaults=True).encode() + b"\n"
 
     def variant(self, variant_id: str) -> Variant:
         """The variant of that id; KeyError when there is none."""

@@ -1,0 +1,1 @@
+"""Inference runtimes behind one port; each is imported at first use only."""

@@ -1,0 +1,228 @@
+"""The trial child: confines itself, then loads, checks and times one candidate at its parent's word.
+
+Started by exec with two or three inherited descriptors: a control socket, the model, the golden set (or none). It
+speaks JSON lines over the control socket: one request, one answer. It holds no key, no path to a file of the store,
+and nothing that it says is trusted beyond being numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.base.errors import AgentError, PeerError
+from agent.infer.sandbox import Limits, confine, interpreter_folders
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from agent.infer.runtimes.base import Session
+
+_ROWS_A_RUN = 8
+
+
+@dataclass(slots=True)
+class Bench:
+    """A loaded candidate with the inputs that it is timed on."""
+
+    session: Session
+    examples: list[Mapping[str, NDArray[Any]]]
+    made_up: bool
+    cursor: int = 0
+
+    def run_next(self) -> float:
+        """One run on the next example: seconds."""
+        example = self.examples[self.cursor % len(self.examples)]
+        self.cursor += 1
+        names = [spec.name for spec in self.session.outputs]
+        start = time.perf_counter()
+        self.session.run(example, names)
+        return time.perf_counter() - start
+
+
+class Child:
+    """State of the child between requests."""
+
+    def __init__(self, model: int, golden: int | None) -> None:
+        self._model = model
+        self._golden_descriptor = golden
+        self._bench: Bench | None = None
+        self._rss_before_load = 0
+
+    def prepare(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Import the runtime, so that its memory is not counted as the model's."""
+        from agent.infer.runtimes.base import load_runtime  # noqa: PLC0415 - imported inside the confinement
+
+        runtime = load_runtime(request["runtime"])
+        if self._golden_descriptor is not None:
+            self._golden()
+        return {"version": runtime.version, "providers": list(runtime.providers)}
+
+    def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Load the model once; answers its signature, the provider that runs it and the time taken."""
+        from agent.infer.runtimes.base import LoadOptions, load_runtime  # noqa: PLC0415 - as above
+
+        options = LoadOptions(request["provider"], request["threads"], request.get("parameters", {}))
+        runtime = load_runtime(request["runtime"])
+        self._rss_before_load = _status_kb("VmRSS")
+        start = time.perf_counter()
+        session = runtime.load(self._model, options)
+        load_s = time.perf_counter() - start
+        examples, made_up = self._examples(session, request.get("shapes", {}))
+        self._bench = Bench(session, examples, made_up)
+        return {
+            "load_ms": load_s * 1e3,
+            "provider": session.provider,
+            "inputs": [spec.model_dump() for spec in session.inputs],
+            "outputs": [spec.model_dump() for spec in session.outputs],
+        }
+
+    def check(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Agreement with the golden outputs, or for made-up inputs only whether the model answers."""
+        from agent.bundles.agreement import agreement  # noqa: PLC0415 - numpy is imported inside the confinement
+
+        bench = self._loaded()
+        if self._golden_descriptor is None:
+            try:
+                bench.run_next()
+            except PeerError as error:  # made-up inputs may be nonsense to this model: that is a note, no verdict
+                return {"agreement": None, "note": str(error)}
+            return {"agreement": None}
+        golden = self._golden()
+        names = list(golden.outputs)
+        answers: dict[str, list[Any]] = {name: [] for name in names}
+        for start in range(0, golden.count, self._rows(bench.session)):
+            rows = slice(start, start + self._rows(bench.session))
+            inputs = {name: array[rows] for name, array in golden.inputs.items()}
+            for name, answer in zip(names, bench.session.run(inputs, names), strict=True):
+                answers[name].append(answer)
+        import numpy as np  # noqa: PLC0415 - as above
+
+        got = {name: np.concatenate(parts) for name, parts in answers.items()}
+        return {"agreement": agreement(request["metric"], golden.outputs, got), "examples": golden.count}
+
+    def round(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Timed runs for about ``seconds``, at least ``least`` of them: every time in ms."""
+        bench = self._loaded()
+        end = time.perf_counter() + request["seconds"]
+        times: list[float] = []
+        try:
+            while len(times) < request["least"] or (time.perf_counter() < end and len(times) < request["most"]):
+                times.append(bench.run_next() * 1e3)
+        except PeerError as error:
+            if not bench.made_up:
+                raise
+            return {"times": [], "note": str(error)}
+        return {"times": times}
+
+    def memory(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Peak resident memory since just before the load, in MB: weights, arenas and outputs."""
+        peak = _status_kb("VmHWM")
+        return {"peak_mb": max(0.0, (peak - self._rss_before_load) / 1024)}
+
+    def _loaded(self) -> Bench:
+        if self._bench is None:
+            raise PeerError("cannot run: nothing is loaded")
+        return self._bench
+
+    def _golden(self) -> Any:
+        from agent.bundles.agreement import load_golden  # noqa: PLC0415 - as above
+
+        assert self._golden_descriptor is not None
+        if not hasattr(self, "_golden_set"):
+            self._golden_set = load_golden(self._golden_descriptor)
+        return self._golden_set
+
+    def _rows(self, session: Session) -> int:
+        """Examples in one run: several where every input's first axis is free, else as many as the model insists on."""
+        firsts = {spec.shape[0] for spec in session.inputs if not spec.optional and spec.shape}
+        if firsts == {-1}:
+            return _ROWS_A_RUN
+        fixed = firsts - {-1}
+        return max(1, fixed.pop()) if len(fixed) == 1 else 1
+
+    def _examples(
+        self, session: Session, shapes: Mapping[str, list[int]]
+    ) -> tuple[list[Mapping[str, NDArray[Any]]], bool]:
+        if self._golden_descriptor is None:
+            return [made_up_inputs(session, shapes)], True
+        golden = self._golden()
+        rows = self._rows(session)
+        rows = 1 if rows == _ROWS_A_RUN else rows
+        count = max(1, min(16, golden.count // rows))
+        return [
+            {name: array[index * rows : (index + 1) * rows] for name, array in golden.inputs.items()}
+            for index in range(count)
+        ], False
+
+
+def made_up_inputs(session: Session, shapes: Mapping[str, list[int]]) -> dict[str, NDArray[Any]]:
+    """Inputs of the right datatype and shape with small deterministic values; free axes are 1 but for ``shapes``."""
+    import numpy as np  # noqa: PLC0415 - imported inside the confinement
+
+    from agent.base.datatypes import NUMPY_NAME  # noqa: PLC0415 - kept beside its only use
+
+    generator = np.random.default_rng(1)
+    made: dict[str, NDArray[Any]] = {}
+    for spec in session.inputs:
+        if spec.optional:
+            continue
+        shape = tuple(shapes.get(spec.name, [max(1, axis) if axis != 0 else 0 for axis in spec.shape]))
+        if spec.datatype == "BYTES":
+            made[spec.name] = np.full(shape, b"0", dtype=object)
+        elif spec.datatype == "BOOL":
+            made[spec.name] = np.ones(shape, dtype=bool)
+        elif spec.datatype.startswith(("INT", "UINT")):
+            made[spec.name] = np.ones(shape, dtype=NUMPY_NAME[spec.datatype])
+        else:
+            made[spec.name] = generator.random(shape, dtype=np.float32).astype(NUMPY_NAME[spec.datatype])
+    return made
+
+
+def _status_kb(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    return 0
+
+
+def serve(control: socket.socket, child: Child) -> None:
+    """Answer requests until the parent hangs up. An expected error is an answer; anything else ends the child."""
+    operations: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+        "prepare": child.prepare,
+        "load": child.load,
+        "check": child.check,
+        "round": child.round,
+        "memory": child.memory,
+    }
+    with control.makefile("rwb") as stream:
+        for line in stream:
+            request = json.loads(line)
+            try:
+                answer = operations[request["op"]](request)
+            except AgentError as error:
+                answer = {"error": str(error)}
+            except MemoryError:
+                answer = {"error": "out of memory", "memory": True}
+            stream.write(json.dumps(answer).encode() + b"\n")
+            stream.flush()
+
+
+def main() -> None:
+    """Entry: ``argv[1]`` is the JSON of the start parameters (descriptors and limits)."""
+    start = json.loads(sys.argv[1])
+    if start["cpus"]:
+        os.sched_setaffinity(0, start["cpus"])
+    control = socket.socket(fileno=start["control"])
+    limits = Limits(data_bytes=start["data_bytes"], cpu_seconds=start["cpu_seconds"])
+    confinement = confine(interpreter_folders(), [Path(name) for name in start["devices"]], limits)
+    hello = {"landlock_abi": confinement.landlock_abi, "pid": os.getpid()}
+    control.sendall(json.dumps(hello).encode() + b"\n")
+    serve(control, Child(start["model"], start["golden"]))

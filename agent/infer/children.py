@@ -1,0 +1,214 @@
+"""Starting, asking and ending confined children from the daemon's side.
+
+A child is started by exec (never fork: it would inherit the keys), gets its files as descriptors and an environment
+of its own, and is killed when it outlasts a deadline or outgrows its memory. Whatever a child does ends as a
+``ChildError`` with a kind; nothing of it can block or crash the caller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from agent.base.errors import AgentError
+
+_MB = 1 << 20
+_POLL_S = 0.05
+_MAX_ANSWER_BYTES = 4 * _MB
+#: What an interpreter with numpy and a runtime reserves besides the model: thread stacks, arenas, tables.
+_RESERVED_MB = 1024
+_ROOT = Path(__file__).resolve().parents[2]
+_BOOT = "import sys; sys.path[:0] = [{root!r}]; from {module} import main; main()"
+#: Libraries of an accelerator may be found only through these.
+_KEPT_ENVIRONMENT = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "LANG", "LC_ALL")
+
+FailureKind = Literal["crashed", "hung", "memory", "refused"]
+
+
+class ChildError(AgentError):
+    """A child that did not answer as asked; ``kind`` says how, the text says why."""
+
+    def __init__(self, kind: FailureKind, text: str) -> None:
+        super().__init__(text)
+        self.kind: FailureKind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class ChildLimits:
+    """Bounds of one child: resident private memory in MB, seconds for a start, seconds of CPU time in all."""
+
+    memory_mb: int
+    start_s: float = 60.0
+    cpu_s: int = 600
+
+
+class ChildProcess:
+    """One confined child. Use as a context manager; ``close`` is idempotent and always reaps."""
+
+    def __init__(
+        self,
+        descriptors: Mapping[str, int | None],
+        limits: ChildLimits,
+        *,
+        cpus: Sequence[int] = (),
+        devices: Sequence[str] = (),
+        module: str = "agent.infer.child",
+    ) -> None:
+        self._limits = limits
+        self._baseline_kb = 0
+        ours, theirs = socket.socketpair()
+        try:
+            start = {
+                **descriptors,
+                "control": theirs.fileno(),
+                "data_bytes": (limits.memory_mb + _RESERVED_MB) * _MB,
+                "cpu_seconds": limits.cpu_s,
+                "cpus": list(cpus),
+                "devices": [name for name in devices if Path(name).exists()],
+            }
+            self._process = subprocess.Popen(
+                [sys.executable, "-s", "-E", "-c", _BOOT.format(root=str(_ROOT), module=module), json.dumps(start)],
+                pass_fds=[fd for fd in (*descriptors.values(), theirs.fileno()) if fd is not None],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=_environment(),
+                cwd="/",
+                start_new_session=True,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._control = ours
+        self._buffer = bytearray()
+
+    def __enter__(self) -> ChildProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child."""
+        return self._process.pid
+
+    def greet(self) -> dict[str, Any]:
+        """The child's first word, sent once it is confined."""
+        return self._receive(self._limits.start_s, "start")
+
+    def call(self, operation: str, timeout_s: float, /, **arguments: object) -> dict[str, Any]:
+        """Ask once and wait. ChildError: ``refused`` for an answered error, else how the child ended."""
+        line = json.dumps({"op": operation, **arguments}).encode() + b"\n"
+        try:
+            self._control.settimeout(timeout_s)
+            self._control.sendall(line)
+        except OSError as error:
+            raise self._ended(operation) from error
+        answer = self._receive(timeout_s, operation)
+        if "error" in answer:
+            text = str(answer["error"])[:500]
+            kind: FailureKind = "memory" if answer.get("memory") or _speaks_of_memory(text) else "refused"
+            raise ChildError(kind, text)
+        if operation == "prepare":  # from here on growth is the model's
+            self._baseline_kb = _private_kb(self.pid)
+        return answer
+
+    def close(self) -> None:
+        """Kill what is left, reap it, close the socket."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait()
+        self._control.close()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
+
+    def _receive(self, timeout_s: float, doing: str) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        while (end := self._buffer.find(b"\n")) < 0:
+            if time.monotonic() > deadline:
+                self.close()
+                raise ChildError("hung", f"hung: no answer to '{doing}' within {timeout_s:.0f} s")
+            grown_mb = (_private_kb(self.pid) - self._baseline_kb) // 1024
+            if grown_mb > self._limits.memory_mb:
+                self.close()
+                raise ChildError("memory", f"used more than {self._limits.memory_mb} MB during '{doing}'")
+            self._control.settimeout(_POLL_S)
+            try:
+                part = self._control.recv(1 << 16)
+            except TimeoutError:
+                continue
+            except OSError as error:
+                raise self._ended(doing) from error
+            if not part:
+                raise self._ended(doing)
+            self._buffer += part
+            if len(self._buffer) > _MAX_ANSWER_BYTES:
+                self.close()
+                raise ChildError("crashed", f"answered '{doing}' with more than {_MAX_ANSWER_BYTES} bytes")
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        try:
+            answer = json.loads(line)
+        except ValueError as error:
+            raise ChildError("crashed", f"answered '{doing}' with something that is not JSON") from error
+        if not isinstance(answer, dict):
+            raise ChildError("crashed", f"answered '{doing}' with something that is no object")
+        return answer
+
+    def _ended(self, doing: str) -> ChildError:
+        """Why the child is gone: its signal or status."""
+        try:
+            status = self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return ChildError("crashed", f"closed its socket during '{doing}'")
+        if status == -signal.SIGKILL:
+            return ChildError("memory", f"killed by the kernel during '{doing}': out of memory")
+        if status == -signal.SIGXCPU:
+            return ChildError("hung", f"used up its {self._limits.cpu_s} s of CPU time during '{doing}'")
+        if status < 0:
+            return ChildError("crashed", f"crashed during '{doing}': {signal.Signals(-status).name}")
+        return ChildError("crashed", f"exited with status {status} during '{doing}'{self._last_words()}")
+
+    def _last_words(self) -> str:
+        """Last line of its stderr. The pipe holds 64 KiB: a child that fills it hangs and is killed."""
+        stream = self._process.stderr
+        if stream is None or stream.closed:
+            return ""
+        os.set_blocking(stream.fileno(), False)
+        lines = (stream.read() or b"").decode(errors="replace").strip().splitlines()
+        return f": {lines[-1][:300]}" if lines else ""
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}
+    return {**kept, "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/", "PATH": "/usr/bin:/bin"}
+
+
+def _private_kb(pid: int) -> int:
+    """Resident memory that is not file-backed, in KB; 0 when the process is gone. ``statm`` costs no page walk."""
+    try:
+        fields = Path(f"/proc/{pid}/statm").read_bytes().split()
+        return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") // 1024
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _speaks_of_memory(text: str) -> bool:
+    lowered = text.lower()
+    return any(
+        words in lowered for words in ("bad_alloc", "bad allocation", "failed to allocate memory", "out of memory")
+    )

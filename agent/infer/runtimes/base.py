@@ -1,0 +1,68 @@
+"""The runtime port: what the engine and the trial child need from an inference runtime.
+
+A runtime loads a model from a descriptor (a sealed memfd in practice), never from bytes: ONNX Runtime copies
+``bytes`` and keeps them alive. A loaded session may be run from several threads unless ``concurrent`` says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from agent.base.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from agent.bundles.manifest import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How to load: ONNX Runtime's provider name (or the runtime's own word), threads of one run, free options."""
+
+    provider: str
+    threads: int = 1
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Session(Protocol):
+    """A loaded model."""
+
+    #: Signature as the file has it; BYTES for strings.
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    #: The provider that really runs the first node, which may not be the one that was asked for.
+    provider: str
+    #: Whether ``run`` may be called from several threads at once.
+    concurrent: bool
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """One answer. Raises PeerError for inputs that the model refuses."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back to the system; the session cannot be used afterwards."""
+        ...
+
+
+class Runtime(Protocol):
+    """An inference library."""
+
+    name: str
+    version: str
+    providers: tuple[str, ...]
+
+    def load(self, descriptor: int, options: LoadOptions) -> Session:
+        """A session from an open file; DamagedError where the runtime cannot load the model."""
+        ...
+
+
+def load_runtime(name: str) -> Runtime:
+    """The runtime of that name, imported now. UnsupportedError where it is not installed."""
+    if name == "onnx":
+        from agent.infer.runtimes.onnx import OnnxRuntime  # noqa: PLC0415 - a runtime is imported at first use
+
+        return OnnxRuntime()
+    raise UnsupportedError(f"cannot load runtime '{name}': this version of the agent has no support for it")

@@ -1,0 +1,162 @@
+"""ONNX Runtime behind the runtime port.
+
+The model is opened by path (``/proc/self/fd/N`` of a memfd): ONNX Runtime then reads it once and keeps no second copy.
+Idle spinning is off, since it costs half a core at ten requests a second.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from agent.base.datatypes import Datatype
+from agent.base.errors import DamagedError, PeerError, UnsupportedError
+from agent.bundles.manifest import TensorSpec
+from agent.infer.runtimes.base import LoadOptions
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_DATATYPES: dict[str, Datatype] = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(bfloat16)": "BF16",
+    "tensor(string)": "BYTES",
+}
+
+
+def return_memory() -> None:
+    """Ask the allocator to give freed pages back: after a session is dropped RSS falls only then (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # musl has none
+        trim(0)
+
+
+class OnnxRuntime:
+    """The installed onnxruntime, whoever installed it (a Jetson build is respected)."""
+
+    name = "onnx"
+
+    def __init__(self) -> None:
+        try:
+            import onnxruntime  # noqa: PLC0415 - imported at first use: it costs 30 MB and 0.1 s
+        except ImportError as error:
+            raise UnsupportedError(
+                f"cannot load runtime 'onnx': {error}", hint="install the extra: pip install 'edge-agent[onnx]'"
+            ) from error
+        # Severity 3 = errors only: warnings about every unoptimised node are no news to anybody here.
+        onnxruntime.set_default_logger_severity(3)
+        self._library = onnxruntime
+        self._errors = _exceptions_of(onnxruntime)
+        self.version: str = onnxruntime.__version__
+        self.providers: tuple[str, ...] = tuple(onnxruntime.get_available_providers())
+
+    def load(self, descriptor: int, options: LoadOptions) -> OnnxSession:
+        """A session on ``options.provider``; ONNX Runtime adds the CPU provider for nodes that it cannot place."""
+        if options.provider not in self.providers:
+            raise UnsupportedError(f"cannot load model: provider {options.provider} is not in this ONNX Runtime")
+        settings = self._library.SessionOptions()
+        settings.intra_op_num_threads = options.threads
+        settings.inter_op_num_threads = 1
+        settings.log_severity_level = 4
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        try:
+            session = self._library.InferenceSession(
+                f"/proc/self/fd/{descriptor}", sess_options=settings, providers=[options.provider]
+            )
+        except self._errors as error:
+            raise DamagedError(f"cannot load model: ONNX Runtime: {_one_line(error)}") from error
+        return OnnxSession(session, self._errors)
+
+
+class OnnxSession:
+    """An ``InferenceSession``; ``run`` releases the GIL and may be called from several threads."""
+
+    concurrent = True
+
+    def __init__(self, session: Any, errors: tuple[type[Exception], ...]) -> None:
+        self._session = session
+        self._errors = errors
+        self.inputs = tuple(_spec(node) for node in session.get_inputs()) + tuple(
+            _spec(node, optional=True) for node in session.get_overridable_initializers()
+        )
+        self.outputs = tuple(_spec(node) for node in session.get_outputs())
+        self.provider: str = session.get_providers()[0]
+        self._strings = frozenset(spec.name for spec in self.inputs if spec.datatype == "BYTES")
+        self._string_outputs = frozenset(spec.name for spec in self.outputs if spec.datatype == "BYTES")
+
+    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """One answer; strings go in and come out as ``bytes`` objects. PeerError with the runtime's reason."""
+        if self._strings:
+            inputs = {name: _text(name, a) if name in self._strings else a for name, a in inputs.items()}
+        try:
+            answers: list[NDArray[Any]] = self._session.run(list(outputs), inputs)
+        except self._errors as error:
+            raise PeerError(f"cannot run model: ONNX Runtime: {_one_line(error)}") from error
+        if self._string_outputs:
+            return [
+                _octets(answer) if name in self._string_outputs else answer
+                for name, answer in zip(outputs, answers, strict=True)
+            ]
+        return answers
+
+    def close(self) -> None:
+        self._session = None
+        return_memory()
+
+
+def _exceptions_of(library: Any) -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises: its own classes, which share no base but Exception, and the binding's."""
+    state = library.capi.onnxruntime_pybind11_state
+    own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    return (*own, RuntimeError, ValueError, TypeError)
+
+
+def _spec(node: Any, *, optional: bool = False) -> TensorSpec:
+    datatype = _DATATYPES.get(node.type)
+    if datatype is None:
+        raise UnsupportedError(f"cannot serve model: '{node.name}' is a {node.type}, only tensors are served")
+    shape = tuple(axis if isinstance(axis, int) and axis >= 0 else -1 for axis in node.shape or ())
+    return TensorSpec(name=node.name, datatype=datatype, shape=shape, optional=optional)
+
+
+def _text(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """ONNX strings are UTF-8: an object array of ``str``, the only form that the binding converts rightly."""
+    import numpy as np  # noqa: PLC0415 - loaded long before the first run
+
+    texts = np.empty(array.shape, dtype=object)
+    flat = texts.reshape(-1)
+    for index, element in enumerate(array.reshape(-1)):
+        try:
+            flat[index] = element.decode() if isinstance(element, bytes) else str(element)
+        except UnicodeDecodeError as error:
+            raise PeerError(f"input '{name}': element {index} is not UTF-8") from error
+    return texts
+
+
+def _octets(array: NDArray[Any]) -> NDArray[Any]:
+    import numpy as np  # noqa: PLC0415 - loaded long before the first run
+
+    octets = np.empty(array.shape, dtype=object)
+    flat = octets.reshape(-1)
+    for index, element in enumerate(array.reshape(-1)):
+        flat[index] = element if isinstance(element, bytes) else str(element).encode()
+    return octets
+
+
+def _one_line(error: Exception) -> str:
+    """The first 300 characters of a runtime's message on one line, without its source paths' noise."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
