@@ -86,8 +86,6 @@ class Child:
 
     def check(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Agreement with the golden outputs, or for made-up inputs only whether the model answers."""
-        from agent.bundles.agreement import agreement  # noqa: PLC0415 - numpy is imported inside the confinement
-
         bench = self._loaded()
         if self._golden_descriptor is None:
             try:
@@ -95,6 +93,10 @@ class Child:
             except PeerError as error:  # made-up inputs may be nonsense to this model: that is a note, no verdict
                 return {"agreement": None, "note": str(error)}
             return {"agreement": None}
+        import numpy as np  # noqa: PLC0415 - imported inside the confinement
+
+        from agent.bundles.agreement import agreement  # noqa: PLC0415 - as above
+
         golden = self._golden()
         names = list(golden.outputs)
         answers: dict[str, list[Any]] = {name: [] for name in names}
@@ -103,8 +105,6 @@ class Child:
             inputs = {name: array[rows] for name, array in golden.inputs.items()}
             for name, answer in zip(names, bench.session.run(inputs, names), strict=True):
                 answers[name].append(answer)
-        import numpy as np  # noqa: PLC0415 - as above
-
         got = {name: np.concatenate(parts) for name, parts in answers.items()}
         return {"agreement": agreement(request["metric"], golden.outputs, got), "examples": golden.count}
 

@@ -57,6 +57,15 @@ class InferResponse:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
+def fits(spec: TensorSpec, shape: Sequence[int]) -> bool:
+    """Whether an array of that shape may stand for ``spec``: the same rank, equal where an axis is not free."""
+    if spec.any_rank:
+        return True
+    if len(shape) != len(spec.shape):
+        return False
+    return all(want in (-1, have) for want, have in zip(spec.shape, shape, strict=True))
+
+
 def check_inputs(specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> dict[str, NDArray[np.generic]]:
     """The arrays by name, after comparing them with the signature; PeerError names the input and what is wrong."""
     arrays: dict[str, NDArray[np.generic]] = {}
@@ -69,11 +78,10 @@ def check_inputs(specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> dict[
             raise PeerError(f"input '{tensor.name}': given twice")
         if tensor.datatype != spec.datatype:
             raise PeerError(f"input '{tensor.name}': datatype {tensor.datatype}, the model takes {spec.datatype}")
-        shape = tensor.array.shape
-        if len(shape) != len(spec.shape) or any(
-            want not in (-1, have) for want, have in zip(spec.shape, shape, strict=True)
-        ):
-            raise PeerError(f"input '{tensor.name}': shape {list(shape)}, the model takes {list(spec.shape)}")
+        if not fits(spec, tensor.array.shape):
+            raise PeerError(
+                f"input '{tensor.name}': shape {list(tensor.array.shape)}, the model takes {list(spec.shape)}"
+            )
         arrays[tensor.name] = tensor.array
     missing = [spec.name for spec in specs if not spec.optional and spec.name not in arrays]
     if missing:

@@ -1,0 +1,361 @@
+"""The engine: answers requests with loaded sessions, loads what is missing off the serving path, evicts by bytes.
+
+All state is changed on the event loop's thread only; loading and running happen in worker threads that touch nothing
+but their own session. A busy or loading session is never evicted; a load happens once however many ask for it.
+A model whose measured p95 is below ``INLINE_P95_MS`` runs on the loop itself: a thread would cost more than the run.
+
+When the chosen option cannot be read or loaded, the next one answers and says ``degraded``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from agent import __version__
+from agent.base.errors import AgentError, DamagedError, DeadlineError, NotFoundError, TryLaterError, UnsupportedError
+from agent.infer.runtimes.base import LoadOptions, Runtime, Session
+from agent.infer.shelf import Option, Served, Shelf
+from agent.infer.statistics import ModelStatistics
+from agent.infer.tensors import InferRequest, InferResponse, Tensor, check_inputs
+
+if TYPE_CHECKING:
+    from agent.bundles.manifest import TensorSpec
+
+INLINE_P95_MS = 0.3
+_LOG = logging.getLogger("edge_agent.engine")
+
+Key = tuple[str, str]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Bytes of all loaded sessions together, requests that may wait for one model, threads that run sessions."""
+
+    budget_mb: float
+    queue_per_model: int = 64
+    workers: int = 1
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A session that can answer. ``busy`` counts the requests that hold it."""
+
+    key: Key
+    served: Served
+    option: Option
+    session: Session
+    degraded_because: str = ""
+    busy: int = 0
+    last_used: float = 0.0
+    retired: bool = False
+    output_names: tuple[str, ...] = ()
+    outputs: dict[str, TensorSpec] = field(default_factory=dict)
+
+    @property
+    def inline(self) -> bool:
+        return self.option.p95_ms is not None and self.option.p95_ms < INLINE_P95_MS
+
+
+class Engine:
+    """Serves the models of a shelf. Construct on any thread, use on the event loop's."""
+
+    def __init__(
+        self,
+        limits: EngineLimits,
+        load_runtime: Callable[[str], Runtime],
+        report_damage: Callable[[Key, Option, str], None] = lambda key, option, reason: None,
+    ) -> None:
+        self._limits = limits
+        self._load_runtime = load_runtime
+        self._report_damage = report_damage
+        self._shelf = Shelf()
+        self._hot: dict[Key, Loaded] = {}
+        self._loading: dict[Key, asyncio.Task[Loaded]] = {}
+        self._waiting: dict[str, int] = {}
+        self._reserved_mb = 0.0
+        self._runners = ThreadPoolExecutor(limits.workers, thread_name_prefix="run")
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self._closing = False
+        self.statistics: dict[Key, ModelStatistics] = {}
+
+    # -- what there is --------------------------------------------------------------------------------------------
+
+    def server_metadata(self) -> dict[str, Any]:
+        """Open Inference Protocol server metadata."""
+        return {
+            "name": "edge-agent",
+            "version": __version__,
+            "extensions": ["binary_tensor_data", "classification", "model_repository", "statistics"],
+        }
+
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return not self._closing
+
+    def index(self) -> list[dict[str, Any]]:
+        """Every installed version: READY when it can answer, else UNAVAILABLE with the reason."""
+        rows = []
+        for (model, version), served in sorted(self._shelf.versions.items()):
+            active = self._shelf.active.get(model) == version
+            state = "READY" if served.options and active else "UNAVAILABLE"
+            reason = served.reason or ("" if active else "not the active version")
+            rows.append({"name": model, "version": version, "state": state, "reason": reason})
+        return rows
+
+    def model_metadata(self, name: str, version: str | None = None) -> dict[str, Any]:
+        """Open Inference Protocol model metadata; NotFoundError."""
+        served = self._shelf.find(name, version)
+        versions = sorted(v for model, v in self._shelf.versions if model == name)
+        option = served.options[0] if served.options else None
+        return {
+            "name": name,
+            "versions": versions,
+            "platform": f"{option.runtime}_{option.provider}" if option else "",
+            "inputs": [_metadata(spec) for spec in served.inputs],
+            "outputs": [_metadata(spec) for spec in served.outputs],
+        }
+
+    def model_ready(self, name: str, version: str | None = None) -> bool:
+        """Whether the version can answer; NotFoundError for one that is not installed."""
+        return bool(self._shelf.find(name, version).options) and not self._closing
+
+    def labels(self, name: str, version: str | None = None) -> tuple[str, ...]:
+        """Class labels of the model, for the classification extension."""
+        return self._shelf.find(name, version).labels
+
+    def loaded(self) -> list[dict[str, Any]]:
+        """The hot sessions, for ``status``."""
+        return [
+            {
+                "model": loaded.key[0],
+                "version": loaded.key[1],
+                "variant": loaded.option.variant,
+                "backend": loaded.session.provider,
+                "mb": round(loaded.option.need_mb, 1),
+                "degraded": bool(loaded.degraded_because),
+                "reason": loaded.degraded_because,
+            }
+            for loaded in self._hot.values()
+        ]
+
+    # -- changing what there is -----------------------------------------------------------------------------------
+
+    def put(self, shelf: Shelf) -> None:
+        """Serve this shelf from now on. Sessions that it no longer holds end when their last request is done."""
+        self._shelf = shelf
+        for key, loaded in list(self._hot.items()):
+            served = shelf.versions.get(key)
+            if served is None or loaded.option.digest not in [option.digest for option in served.options]:
+                self._retire(loaded)
+            elif served.options[0].candidate != loaded.option.candidate and not loaded.degraded_because:
+                self._retire(loaded)  # another variant was chosen: the next request loads it
+            else:
+                loaded.served = served
+
+    async def preload(self, name: str, version: str | None = None) -> Loaded:
+        """Load now; returns when the version can answer. Raises what keeps it from doing so."""
+        return await self._obtain(self._shelf.find(name, version))
+
+    def unload(self, name: str) -> int:
+        """Drop the model's sessions from memory; they come back at the next request. Returns how many."""
+        dropped = [loaded for loaded in self._hot.values() if loaded.key[0] == name]
+        for loaded in dropped:
+            self._retire(loaded)
+        return len(dropped)
+
+    async def close(self) -> None:
+        """Stop taking requests, wait for loads under way, end every session."""
+        self._closing = True
+        if self._loading:
+            await asyncio.wait(list(self._loading.values()))
+        for loaded in list(self._hot.values()):
+            self._retire(loaded)
+        self._runners.shutdown(wait=True)
+        self._loader.shutdown(wait=True)
+
+    # -- answering ------------------------------------------------------------------------------------------------
+
+    def infer(
+        self, name: str, version: str | None, request: InferRequest, deadline: float
+    ) -> InferResponse | Awaitable[InferResponse]:
+        """Answer at once where the session is hot and fast, else an awaitable. ``deadline`` in ``time.monotonic()``."""
+        served = self._shelf.find(name, version)
+        loaded = self._hot.get((served.model, served.version))
+        if loaded is not None and loaded.inline:
+            loaded.last_used = time.monotonic()
+            return self._run(loaded, request, 0.0)
+        return self._answer(served, request, deadline)
+
+    async def _answer(self, served: Served, request: InferRequest, deadline: float) -> InferResponse:
+        check_inputs(served.inputs, request.inputs)  # a wrong request must not cost a load
+        waiting = self._waiting.get(served.model, 0)
+        if waiting >= self._limits.queue_per_model:
+            raise TryLaterError(f"model '{served.model}': {waiting} requests are waiting already")
+        self._waiting[served.model] = waiting + 1
+        arrived = time.perf_counter()
+        try:
+            loaded = self._hot.get((served.model, served.version))
+            while loaded is None or loaded.retired:  # it may be evicted between its load and our turn
+                loaded = await _before(deadline, self._obtain(served))
+            loaded.busy += 1
+            loaded.last_used = time.monotonic()
+            running = asyncio.get_running_loop().run_in_executor(self._runners, self._run, loaded, request, arrived)
+            running.add_done_callback(lambda done: self._release(loaded, done))
+            return await _before(deadline, asyncio.shield(running))
+        finally:
+            left = self._waiting[served.model] - 1
+            if left:
+                self._waiting[served.model] = left
+            else:
+                del self._waiting[served.model]
+
+    def _run(self, loaded: Loaded, request: InferRequest, arrived: float) -> InferResponse:
+        """One run in the calling thread."""
+        start = time.perf_counter()
+        arrays = check_inputs(loaded.served.inputs, request.inputs)
+        names = self._wanted(loaded, request)
+        statistics = self.statistics[loaded.key]
+        try:
+            answers = loaded.session.run(arrays, names)
+        except AgentError:
+            statistics.failed()
+            raise
+        end = time.perf_counter()
+        queue_us = int((start - arrived) * 1e6) if arrived else 0
+        compute_us = int((end - start) * 1e6)
+        statistics.answered(queue_us, compute_us)
+        option, best = loaded.option, loaded.served.options[0] if loaded.served.options else loaded.option
+        return InferResponse(
+            model_name=loaded.key[0],
+            model_version=loaded.key[1],
+            id=request.id,
+            outputs=tuple(
+                Tensor(name, loaded.outputs[name].datatype, answer) for name, answer in zip(names, answers, strict=True)
+            ),
+            parameters={
+                "variant": option.variant,
+                "backend": loaded.session.provider,
+                "requested_variant": best.variant,
+                "requested_backend": best.provider,
+                "degraded": bool(loaded.degraded_because),
+                "cache": "off",
+                "queue_us": queue_us,
+                "compute_us": compute_us,
+            },
+        )
+
+    def _wanted(self, loaded: Loaded, request: InferRequest) -> tuple[str, ...]:
+        if not request.outputs:
+            return loaded.output_names
+        names = tuple(output.name for output in request.outputs)
+        for name in names:
+            if name not in loaded.outputs:
+                raise NotFoundError(f"output '{name}': no such output; the model has {', '.join(loaded.output_names)}")
+        return names
+
+    # -- loading and evicting -------------------------------------------------------------------------------------
+
+    async def _obtain(self, served: Served) -> Loaded:
+        """The hot session of that version, loaded by whoever asks first."""
+        key = (served.model, served.version)
+        if (loaded := self._hot.get(key)) is not None:
+            loaded.last_used = time.monotonic()
+            return loaded
+        if self._closing:
+            raise TryLaterError("cannot load model: the agent is stopping")
+        task = self._loading.get(key)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._load(served))
+            self._loading[key] = task
+            task.add_done_callback(lambda done: self._loaded(key, done))
+        return await asyncio.shield(task)
+
+    def _loaded(self, key: Key, task: asyncio.Task[Loaded]) -> None:
+        self._loading.pop(key, None)
+        if not task.cancelled() and task.exception() is not None:
+            _LOG.warning("model %s %s: %s", *key, task.exception())
+
+    async def _load(self, served: Served) -> Loaded:
+        key = (served.model, served.version)
+        if not served.options:
+            raise DamagedError(f"model '{served.model}': {served.reason or 'no variant can answer'}")
+        failures: list[str] = []
+        for option in served.options:
+            await self._make_room(option.need_mb)
+            self._reserved_mb += option.need_mb
+            try:
+                session = await asyncio.get_running_loop().run_in_executor(self._loader, self._open, option)
+            except (DamagedError, UnsupportedError) as error:
+                failures.append(f"{option.candidate}: {error}")
+                self._report_damage(key, option, str(error))
+                continue
+            finally:
+                self._reserved_mb -= option.need_mb
+            because = "; ".join(failures)
+            if not because and session.provider != option.provider:
+                because = f"{option.provider} did not take the model"
+            loaded = Loaded(key, served, option, session, because, last_used=time.monotonic())
+            loaded.outputs = {spec.name: spec for spec in session.outputs}
+            loaded.output_names = tuple(spec.name for spec in served.outputs)
+            self.statistics.setdefault(key, ModelStatistics())
+            self._hot[key] = loaded
+            return loaded
+        raise DamagedError(f"model '{served.model}': no variant can answer: {'; '.join(failures)}")
+
+    def _open(self, option: Option) -> Session:
+        """Decrypt and load; in the loader's thread."""
+        runtime = self._load_runtime(option.runtime)
+        with option.open_model() as model:
+            return runtime.load(model.fd, LoadOptions(option.provider, option.threads, option.parameters))
+
+    def _held_mb(self) -> float:
+        return self._reserved_mb + sum(loaded.option.need_mb for loaded in self._hot.values())
+
+    async def _make_room(self, need_mb: float) -> None:
+        """Evict idle sessions, least recently used first, until ``need_mb`` fits; wait for busy ones when they must go.
+
+        A model that is larger than the whole budget is let in alone: refusing it would make it useless for ever.
+        """
+        for _ in range(600):
+            if self._held_mb() + need_mb <= self._limits.budget_mb or not (self._hot or self._reserved_mb):
+                return
+            idle = [loaded for loaded in self._hot.values() if not loaded.busy]
+            if idle:
+                self._retire(min(idle, key=lambda loaded: loaded.last_used))
+            else:
+                await asyncio.sleep(0.05)
+        raise TryLaterError(f"cannot load model: {need_mb:.0f} MB do not fit while others are busy")
+
+    def _retire(self, loaded: Loaded) -> None:
+        """Out of the table now; closed when its last request is done."""
+        if self._hot.get(loaded.key) is loaded:
+            del self._hot[loaded.key]
+        loaded.retired = True
+        if not loaded.busy:
+            loaded.session.close()
+
+    def _release(self, loaded: Loaded, done: asyncio.Future[InferResponse]) -> None:
+        if not done.cancelled():
+            done.exception()  # seen: nobody may be waiting any more
+        loaded.busy -= 1
+        if loaded.retired and not loaded.busy:
+            loaded.session.close()
+
+
+async def _before(deadline: float, work: Awaitable[_T]) -> _T:
+    left = deadline - time.monotonic()
+    try:
+        return await asyncio.wait_for(work, max(0.0, left))
+    except asyncio.TimeoutError as error:  # on Python 3.10 a class of its own
+        raise DeadlineError("the request's time ran out before the model answered") from error
+
+
+def _metadata(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
