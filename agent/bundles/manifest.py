@@ -45,6 +45,7 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 Runtime = Literal["onnx", "tflite"]
+GoldenMetric = Literal["top1", "cosine", "max_abs"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "mixed"]
 
 
@@ -137,7 +138,7 @@ class Golden(_Part):
     """
 
     file: FileRef
-    metric: Literal["top1", "cosine", "max_abs"]
+    metric: GoldenMetric
     threshold: Finite
 
 
