@@ -1,0 +1,150 @@
+"""The catalog document, format ``edge-catalog/1``: what is installed, and where its blobs are.
+
+Pure. An unknown field is an error: an older agent must not drop what a newer one wrote. What selection and trials put
+in (``choice``, ``measurements``, ``quarantine``) is theirs and opaque here. Numbers that are not finite become null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, model_validator
+
+from agent.base.errors import PeerError
+from agent.bundles.manifest import Manifest, Name, SemVer, Sha256
+
+FORMAT: Literal["edge-catalog/1"] = "edge-catalog/1"
+#: Some two thousand models with five variants each; a larger document is refused before it is parsed or written.
+MAX_DOCUMENT_BYTES = 32 << 20
+
+#: A file name inside a bundle, or a name of our own (prepared forms). It names no path.
+Part = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
+PlainName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,127}$")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BlobRef(_Entry):
+    """One encrypted file: ``payload`` names it (SHA-256 of the ciphertext), ``header`` the file with its wrapped key.
+
+    ``size`` and ``sha256`` are the plaintext's; ``payload_size`` is the file's. All in bytes and hex. Model, version
+    and part are bound into the header: with any of them changed it does not open.
+    """
+
+    payload: Sha256
+    header: PlainName
+    size: Annotated[int, Field(ge=0, le=1 << 40)]
+    sha256: Sha256
+    payload_size: Annotated[int, Field(ge=0, le=1 << 41)]
+    model: Name
+    version: SemVer
+    part: Part
+
+
+class VersionEntry(_Entry):
+    """One version of a model. ``damaged`` names the parts whose blobs are known to be unreadable."""
+
+    manifest: Manifest
+    origin: Literal["unsigned", "signed"]
+    added_at: str
+    blobs: dict[Part, BlobRef] = Field(default_factory=dict)
+    chosen: str | None = None
+    choice: dict[str, JsonValue] | None = None
+    measurements: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
+    quarantine: dict[str, dict[str, JsonValue]] = Field(default_factory=dict)
+    damaged: tuple[Part, ...] = ()
+
+
+class ModelEntry(_Entry):
+    """One model: which version answers, which one answered before."""
+
+    active: SemVer | None = None
+    previous: SemVer | None = None
+    pinned: bool = False
+    versions: dict[SemVer, VersionEntry] = Field(default_factory=dict)
+
+
+class CatalogDocument(_Entry):
+    """All of it. ``generation`` and ``saved_at`` are set by the store at each commit."""
+
+    format: Literal["edge-catalog/1"] = FORMAT
+    generation: Annotated[int, Field(ge=0)] = 0
+    saved_at: str = ""
+    models: dict[Name, ModelEntry] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> CatalogDocument:
+        for name, model in self.models.items():
+            for pointed in (model.active, model.previous):
+                if pointed is not None and pointed not in model.versions:
+                    raise ValueError(f"{name}: points to version {pointed}, which is not there")
+            for version, entry in model.versions.items():
+                _check_version(name, version, entry)
+        return self
+
+    def refs(self) -> Iterator[BlobRef]:
+        """Every blob that the document reaches."""
+        for model in self.models.values():
+            for version in model.versions.values():
+                yield from version.blobs.values()
+
+
+def _check_version(name: str, version: str, entry: VersionEntry) -> None:
+    if entry.manifest.version != version:
+        raise ValueError(f"{name} {version}: its manifest says version {entry.manifest.version}")
+    for part, ref in entry.blobs.items():
+        if (ref.model, ref.version, ref.part) != (name, version, part):
+            raise ValueError(f"{name} {version}: blob of {part} belongs to {ref.model} {ref.version} {ref.part}")
+    if unknown := set(entry.damaged) - set(entry.blobs):
+        raise ValueError(f"{name} {version}: damaged part {min(unknown)} has no blob")
+
+
+def encode(document: CatalogDocument) -> tuple[bytes, CatalogDocument]:
+    """UTF-8 JSON of a document, and the document as a reader will have it. PeerError names what is wrong."""
+    data = document.model_dump_json().encode()
+    return data, decode(data)
+
+
+def decode(data: bytes) -> CatalogDocument:
+    """The document in ``data``. PeerError names the first wrong fields."""
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise PeerError(f"cannot use catalog: more than {MAX_DOCUMENT_BYTES} bytes")
+    try:
+        return CatalogDocument.model_validate_json(data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)[:3]
+        lines = [f"{'.'.join(str(part) for part in p['loc']) or 'document'}: {p['msg']}" for p in problems]
+        raise PeerError(f"cannot use catalog: {'; '.join(lines)}") from error
+
+
+def with_refs(document: CatalogDocument, renewed: dict[BlobRef, BlobRef]) -> CatalogDocument:
+    """``document`` with each blob in ``renewed`` replaced."""
+
+    def change(entry: VersionEntry) -> VersionEntry:
+        blobs = {part: renewed.get(ref, ref) for part, ref in entry.blobs.items()}
+        return entry.model_copy(update={"blobs": blobs})
+
+    return _each_version(document, change)
+
+
+def marked(document: CatalogDocument, bad: frozenset[BlobRef], good: frozenset[BlobRef]) -> CatalogDocument:
+    """``document`` with the parts of ``bad`` marked damaged and the marks of ``good`` taken away."""
+
+    def change(entry: VersionEntry) -> VersionEntry:
+        parts = [part for part, ref in entry.blobs.items() if ref in bad or (part in entry.damaged and ref not in good)]
+        return entry.model_copy(update={"damaged": tuple(sorted(parts))})
+
+    return _each_version(document, change)
+
+
+def _each_version(document: CatalogDocument, change: Callable[[VersionEntry], VersionEntry]) -> CatalogDocument:
+    models = {
+        name: model.model_copy(
+            update={"versions": {version: change(entry) for version, entry in model.versions.items()}}
+        )
+        for name, model in document.models.items()
+    }
+    return document.model_copy(update={"models": models})

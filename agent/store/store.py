@@ -1,0 +1,408 @@
+"""The store as the daemon uses it: blobs, keys and catalog tied together.
+
+Thread-safety: every method may be called from any thread. Changes (``commit``, ``gc``, ``rotate_key``, the end of
+``add_blob``) take one lock in turn; ``read`` takes none unless it finds damage, and streams of ``add_blob`` run beside
+each other. Only one process has a store open: ``open`` takes a lock on the folder.
+
+Invariants: a commit names only blobs that are durable; when a method returns, what it reports survives power loss; a
+kill at any instruction leaves the state before or after it. A blob added but not committed is kept until ``discard``
+or the end of the process, then swept by ``gc``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from agent.base.clock import Clock, SystemClock, iso
+from agent.base.errors import ConflictError, DamagedError, NotFoundError, PeerError, TryLaterError
+from agent.base.files import exclusive_lock, fsync_directory
+from agent.store import stream
+from agent.store.age import FILE_KEY_BYTES, AgeError
+from agent.store.blobs import Blobs, pieces_of
+from agent.store.catalog import Catalog, Generation
+from agent.store.document import BlobRef, CatalogDocument, encode, marked, with_refs
+from agent.store.faults import storage
+from agent.store.keys import FILE_NEXT, DeviceSecret, Keys
+from agent.store.memory import Plaintext
+from agent.store.reports import DamagedBlob, GcReport, Progress, RotateReport, StoreStats, VerifyReport
+from agent.store.sealing import SALT_BYTES, Purpose, blob_purpose, key_id_of, seal, unseal
+from agent.store.space import Space
+from agent.store.stream import NONCE_BYTES, Bytes
+from agent.store.sweep import reached, unreached
+
+_log = logging.getLogger("agent.store")
+
+Change = Callable[[CatalogDocument], CatalogDocument]
+
+
+class Store:
+    """The encrypted store below ``root``; ``quota_bytes`` bounds its blobs. ``step`` is told of each durable step."""
+
+    def __init__(
+        self,
+        root: Path,
+        keys: Keys,
+        quota_bytes: int,
+        clock: Clock | None = None,
+        *,
+        random: Callable[[int], bytes] = secrets.token_bytes,
+        step: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.root = root
+        self.quota_bytes = quota_bytes
+        self.notes: tuple[str, ...] = ()
+        self._keys = keys
+        self._clock = clock or SystemClock()
+        self._random = random
+        self._step = step
+        self._blobs = Blobs(root / "blobs", step=step)
+        self._catalog = Catalog(root, random=random, step=step)
+        self._space = Space(root / "blobs", quota_bytes, self._used)
+        self._lock = threading.RLock()
+        self._held = contextlib.ExitStack()
+        self._ring: dict[str, DeviceSecret] = {}
+        self._current: Generation | None = None
+        self._previous: Generation | None = None
+        self._pending: dict[str, BlobRef] = {}
+        self._changing = False
+
+    # Opening and closing
+
+    def open(self) -> Store:
+        """Lock, recover, load; returns itself.
+
+        ConflictError when another process has it, DamagedError when neither generation can be read or the disk
+        refuses, RefusedError when others could use the device secret.
+        """
+        with storage("cannot open store"), self._held_on_success() as held:
+            if not self.root.is_dir():
+                self.root.mkdir(mode=0o700, parents=True)
+                fsync_directory(self.root.parent)
+            held.enter_context(exclusive_lock(self.root / "lock"))
+            self._catalog.prepare()
+            self._blobs.prepare()
+            secrets_found = self._keys.load(create=not self._catalog.numbers())
+            self._ring = {secret.key_id: secret for secret in reversed(secrets_found)}
+            self._recover(secrets_found[0])
+        return self
+
+    def close(self) -> None:
+        """Give the lock back. Open plaintexts stay valid."""
+        with self._lock:
+            self._current = self._previous = None
+            self._held.close()
+
+    def __enter__(self) -> Store:
+        return self if self._current else self.open()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def document(self) -> CatalogDocument:
+        """What is committed. Never changed in place; a commit puts another in its stead."""
+        return self._now().document
+
+    @property
+    def secret(self) -> DeviceSecret:
+        """The device secret in use."""
+        return self._ring[self._now().key_id]
+
+    @property
+    def rotation_pending(self) -> bool:
+        """Whether a rotation was cut off: ``rotate_key`` finishes it."""
+        return any(secret.name == FILE_NEXT for secret in self._ring.values())
+
+    # Blobs
+
+    def add_blob(
+        self,
+        model: str,
+        version: str,
+        part: str,
+        source: int | Iterable[Bytes],
+        size_hint: int | None = None,
+        *,
+        expected_sha256: str | None = None,
+    ) -> BlobRef:
+        """Encrypt ``source`` (a descriptor, read from its position on, or pieces) into the store; not yet committed.
+
+        ``size_hint`` in bytes (for a regular file its size) is reserved before the first byte; more is reserved as it
+        comes. PeerError when the source fails or its SHA-256 (hex) is not the expected one, TooLargeError or
+        TryLaterError when quota or disk are short; then nothing is left.
+        """
+        self._now()
+        pieces = pieces_of(source) if isinstance(source, int) else source
+        hint = _size_of(source) if size_hint is None and isinstance(source, int) else size_hint or 0
+        file_key, nonce = self._random(FILE_KEY_BYTES), self._random(NONCE_BYTES)
+        with (
+            storage(f"cannot add {part}"),
+            self._space.reserve(stream.payload_size(hint)) as grow,
+            self._blobs.draft(pieces, file_key, nonce, grow) as draft,
+        ):
+            if expected_sha256 not in (None, draft.sha256):
+                raise PeerError(f"cannot add {part}: its SHA-256 is {draft.sha256}, {expected_sha256} expected")
+            with self._lock:
+                ref = BlobRef(
+                    payload=draft.payload, header="unsealed", size=draft.size, sha256=draft.sha256,
+                    payload_size=draft.payload_size, model=model, version=version, part=part,
+                )  # fmt: skip
+                self._blobs.keep(draft)
+                ref = self._seal(ref, file_key, self.secret)
+                self._pending[ref.payload] = ref
+        return ref
+
+    def discard(self, refs: Iterable[BlobRef]) -> None:
+        """Give up blobs that were added and not committed; harmless for others."""
+        with self._lock, storage("cannot discard blobs"):
+            for ref in refs:
+                if self._pending.pop(ref.payload, None):
+                    self._blobs.delete(ref.header)
+                    self._blobs.delete(ref.payload)
+            self._blobs.flush()
+
+    def read(self, ref: BlobRef) -> Plaintext:
+        """Decrypt into sealed memory; the caller closes it. May run in many threads.
+
+        DamagedError when it is not authentic, cut or missing (then it is marked in the catalog), NotFoundError when the
+        catalog no longer has it, TryLaterError when memory is short, UnsupportedError without sealed memory files.
+        """
+        current = self._renewed(ref)
+        try:
+            return self._blobs.decrypt(current.payload, current.payload_size, self._file_key(current))
+        except AgeError as error:
+            renewed = self._renewed(ref)
+            if renewed != current:  # the key was rotated in between
+                return self.read(renewed)
+            self._mark({current: str(error)}, ())
+            raise DamagedError(
+                f"cannot read {ref.model} {ref.version} {ref.part}: {error}", hint="add or fetch this version again"
+            ) from error
+
+    # Catalog
+
+    def commit(self, change: Change) -> CatalogDocument:
+        """Replace the document by ``change(document)``, durably. PeerError when the result does not agree with itself.
+
+        ``change`` gets a copy of its own and must not call back into the store. Whatever it raises passes through and
+        nothing is changed.
+        """
+        with self._lock:
+            if self._changing:
+                raise ConflictError("cannot commit: a change is already under way in this thread")
+            self._changing = True
+            try:
+                return self._commit(change, self.secret)
+            finally:
+                self._changing = False
+
+    def gc(self) -> GcReport:
+        """Delete what neither kept generation nor a blob under way needs.
+
+        When the generation before still reaches what the newest no longer does, the newest is written once more
+        first, so that removed versions give their space back now.
+        """
+        with self._lock, storage("cannot collect garbage"):
+            if self._previous and reached(self._previous.document.refs()) - reached(self.document.refs()):
+                self._commit(lambda document: document, self.secret)
+            files = self._blobs.files()
+            gone = unreached(files, *self._needed())
+            for name in gone:
+                self._blobs.delete(name)
+            self._blobs.flush()
+            return GcReport(len(gone), sum(files[name] for name in gone))
+
+    def verify(self, progress: Progress = lambda done, total: None) -> VerifyReport:
+        """Check every blob of the catalog: header opens for its identity, payload is what its name says.
+
+        Marks what is damaged and takes the mark from what is whole again. ``progress`` is told bytes done and in all.
+        """
+        refs = list(self.document.refs())
+        total, done = sum(ref.payload_size for ref in refs), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total)
+
+        damaged: dict[BlobRef, str] = {}
+        for ref in refs:
+            try:
+                self._file_key(ref)
+                self._blobs.check(ref.payload, ref.payload_size, advance)
+            except AgeError as error:
+                damaged[ref] = str(error)
+        self._mark(damaged, [ref for ref in refs if ref not in damaged])
+        return VerifyReport(len(refs), total, tuple(DamagedBlob(ref, reason) for ref, reason in damaged.items()))
+
+    def rotate_key(self, progress: Progress = lambda done, total: None) -> RotateReport:
+        """Move to the next device secret; rewrites headers only. After a kill, a call again finishes it.
+
+        The old secret goes only when both kept generations are durable under the new one. ``progress`` is told headers.
+        TryLaterError while blobs are added and not committed; UnsupportedError when the provider has no next secret.
+        """
+        with self._lock, storage("cannot rotate key"):
+            if self._pending:
+                raise TryLaterError(f"cannot rotate key: {len(self._pending)} blobs are being added", hint="try again")
+            old = self._now().key_id
+            target = self._keys.next_secret(old)
+            self._ring = {**self._ring, target.key_id: target}
+            renewed, damaged = self._reseal(target, progress)
+            if renewed or old != target.key_id:
+                self._commit(lambda document: with_refs(document, renewed), target)
+            if self._previous and self._previous.key_id != target.key_id:
+                self._commit(lambda document: document, target)
+            action = self._keys.promote(target.key_id)
+            self._ring = {secret.key_id: secret for secret in reversed(self._keys.load(create=False))}
+            self._mark({blob.ref: blob.reason for blob in damaged}, ())
+            self.gc()
+        return RotateReport(old, target.key_id, len(renewed), tuple(damaged), action)
+
+    def stats(self) -> StoreStats:
+        """Counts and sizes, as they are now."""
+        document, files = self.document, self._blobs.files()
+        with self._lock:
+            spare = unreached(files, *self._needed())
+        refs = list(document.refs())
+        versions = [version for model in document.models.values() for version in model.versions.values()]
+        return StoreStats(
+            quota_bytes=self.quota_bytes,
+            used_bytes=sum(files.values()),
+            reserved_bytes=self._space.reserved(),
+            unreached_bytes=sum(files[name] for name in spare),
+            disk_free_bytes=self._space.free(),
+            models=len(document.models),
+            versions=len(versions),
+            blobs=len(refs),
+            plaintext_bytes=sum(ref.size for ref in refs),
+            damaged=sum(len(version.damaged) for version in versions),
+            generation=document.generation,
+            key_id=self.secret.key_id,
+            key_source=self.secret.source,
+        )
+
+    # Within
+
+    def _now(self) -> Generation:
+        if self._current is None:
+            raise ConflictError("cannot use store: it is not open")
+        return self._current
+
+    @contextlib.contextmanager
+    def _held_on_success(self) -> Iterator[contextlib.ExitStack]:
+        with contextlib.ExitStack() as held:
+            yield held
+            self._held = held.pop_all()
+
+    def _recover(self, preferred: DeviceSecret) -> None:
+        opened = self._catalog.open(self._ring)
+        self.notes = opened.notes
+        for note in opened.notes:
+            _log.warning("store: %s", note)
+        self._current, self._previous = opened.current, opened.previous
+        if self._current is None:
+            first = CatalogDocument(generation=1, saved_at=iso(self._clock.now()))
+            self._current = self._catalog.save(first, preferred)
+        elif not opened.notes:
+            # What was written but never committed. Where something was amiss, it stays for whoever looks into it.
+            self._catalog.sweep(kept.number for kept in (self._current, self._previous) if kept)
+
+    def _commit(self, change: Change, secret: DeviceSecret) -> CatalogDocument:
+        now = self._now()
+        wanted = change(encode(now.document)[1])
+        numbers = [now.number, *self._catalog.numbers()]
+        document = wanted.model_copy(update={"generation": max(numbers) + 1, "saved_at": iso(self._clock.now())})
+        self._require_durable(now.document, document)
+        with storage("cannot save catalog"):
+            saved = self._catalog.save(document, secret)
+            self._current, self._previous = saved, now
+            for ref in saved.document.refs():
+                self._pending.pop(ref.payload, None)
+            self._catalog.sweep([saved.number, now.number])
+        return saved.document
+
+    def _require_durable(self, old: CatalogDocument, new: CatalogDocument) -> None:
+        known = reached(old.refs())
+        for ref in new.refs():
+            for name in (ref.payload, ref.header):
+                if name not in known and not self._blobs.holds(name):
+                    raise NotFoundError(
+                        f"cannot save catalog: blob of {ref.model} {ref.version} {ref.part} is not here"
+                    )
+
+    def _seal(self, ref: BlobRef, file_key: bytes, secret: DeviceSecret) -> BlobRef:
+        header = seal(file_key, secret.key_id, secret.kek, _purpose(ref), self._random(SALT_BYTES))
+        return ref.model_copy(update={"header": self._blobs.put_header(ref.payload, header)})
+
+    def _file_key(self, ref: BlobRef) -> bytes:
+        header = self._blobs.header(ref.header)
+        key_id = key_id_of(header)
+        secret = self._ring.get(key_id)
+        if secret is None:
+            raise AgeError(f"sealed under key {key_id}, which this device does not have")
+        return unseal(header, key_id, secret.kek, _purpose(ref))
+
+    def _renewed(self, ref: BlobRef) -> BlobRef:
+        """The reference as the catalog has it now: a rotation changes its header. NotFoundError when it has none."""
+        pending = self._pending.get(ref.payload)
+        if pending == ref:
+            return ref
+        model = self.document.models.get(ref.model)
+        version = model.versions.get(ref.version) if model else None
+        found = version.blobs.get(ref.part) if version else None
+        if found is None or found.payload != ref.payload:
+            raise NotFoundError(f"cannot read {ref.model} {ref.version} {ref.part}: the catalog no longer has it")
+        return found
+
+    def _reseal(self, target: DeviceSecret, progress: Progress) -> tuple[dict[BlobRef, BlobRef], list[DamagedBlob]]:
+        """New headers for every blob not yet under ``target``. What does not open keeps its old one and is reported."""
+        renewed: dict[BlobRef, BlobRef] = {}
+        damaged: list[DamagedBlob] = []
+        refs = list(self.document.refs())
+        for done, ref in enumerate(refs, 1):
+            try:
+                if key_id_of(self._blobs.header(ref.header)) != target.key_id:
+                    renewed[ref] = self._seal(ref, self._file_key(ref), target)
+            except AgeError as error:
+                damaged.append(DamagedBlob(ref, str(error)))
+            progress(done, len(refs))
+        return renewed, damaged
+
+    def _mark(self, damaged: dict[BlobRef, str], whole: Iterable[BlobRef]) -> None:
+        """Write into the catalog which blobs are damaged and which are not. Never hides the error that led here."""
+        for ref, reason in damaged.items():
+            _log.error("store: %s %s %s is damaged: %s", ref.model, ref.version, ref.part, reason)
+        bad, good = frozenset(damaged), frozenset(whole)
+        with self._lock:
+            if self._changing or marked(self.document, bad, good) == self.document:
+                return
+            try:
+                self.commit(lambda document: marked(document, bad, good))
+            except (TryLaterError, DamagedError) as error:
+                _log.warning("store: damage is not recorded: %s", error)
+
+    def _needed(self) -> list[frozenset[str]]:
+        kept = [generation.document.refs() for generation in (self._current, self._previous) if generation]
+        return [reached(refs) for refs in [*kept, self._pending.values()]]
+
+    def _used(self) -> int:
+        return sum(self._blobs.files().values())
+
+
+def _purpose(ref: BlobRef) -> Purpose:
+    return blob_purpose(ref.model, ref.version, ref.part, ref.size, ref.payload)
+
+
+def _size_of(fd: int) -> int:
+    try:
+        status = os.fstat(fd)
+    except OSError as error:
+        raise PeerError(f"cannot read source: {error.strerror}") from error
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
