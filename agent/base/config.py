@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,22 +51,31 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _ascending(section: _Section, *names: str) -> None:
+    """Limits that contain one another: a smaller one above a larger one could never be reached."""
+    for lower, upper in pairwise(names):
+        if getattr(section, lower) > getattr(section, upper):
+            raise ValueError(f"{lower} must not be above {upper}")
+
+
 class ServerConfig(_Section):
     """Limits of the sockets: they keep one app from starving the others."""
 
     deadline_s: Seconds = 30.0
-    idle_s: Seconds = 60.0
+    idle_s: Seconds = 75.0
     max_body_mb: Megabytes = 64
     max_header_kb: Annotated[int, Field(ge=1, le=1024)] = 16
-    connections_per_uid: Count = 64
-    max_connections: Count = 256
+    connections_per_uid: Count = 128
+    max_connections: Count = 512
+    buffered_mb_per_uid: Megabytes = 128
+    max_buffered_mb: Megabytes = 256
     queue_per_model: Count = 64
     drain_s: Seconds = 20.0
 
     @model_validator(mode="after")
     def _consistent(self) -> ServerConfig:
-        if self.connections_per_uid > self.max_connections:
-            raise ValueError("connections_per_uid must not be above max_connections")
+        _ascending(self, "connections_per_uid", "max_connections")
+        _ascending(self, "max_body_mb", "buffered_mb_per_uid", "max_buffered_mb")
         return self
 
 
@@ -79,8 +89,9 @@ class SelectionConfig(_Section):
     """How candidates are tried."""
 
     candidates: Annotated[int, Field(ge=1, le=64)] = 4
-    min_rounds: Annotated[int, Field(ge=1, le=10_000)] = 5
-    max_rounds: Annotated[int, Field(ge=1, le=10_000)] = 40
+    # Halfway each candidate gets a fresh process, hence at least two rounds before and after.
+    min_rounds: Annotated[int, Field(ge=4, le=10_000)] = 12
+    max_rounds: Annotated[int, Field(ge=4, le=10_000)] = 48
     trial_timeout_s: Seconds = 120.0
     trial_memory_mb: Megabytes | Auto = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"
@@ -88,8 +99,7 @@ class SelectionConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> SelectionConfig:
-        if self.min_rounds > self.max_rounds:
-            raise ValueError("min_rounds must not be above max_rounds")
+        _ascending(self, "min_rounds", "max_rounds")
         return self
 
 
