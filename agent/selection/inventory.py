@@ -65,7 +65,7 @@ class InstalledRuntime:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeInventory:
-    """Runtimes by name. ``absent`` tells why one is not there; ``assumed``: it is what one would install, nobody looked."""
+    """Runtimes by name. ``absent`` tells why one is not there; ``assumed``: nobody looked."""
 
     runtimes: Mapping[str, InstalledRuntime] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)

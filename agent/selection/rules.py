@@ -44,7 +44,7 @@ _ARCH_ALIASES = {
 class Candidate:
     """A variant on one execution provider of its runtime: the thing that is tried, measured and chosen.
 
-    ``scheme`` is how it was quantized where the manifest says so (``qdq``, ``dynamic``, ``qoperator``, ``qoperator-s8``), else empty.
+    ``scheme`` is how it was quantized where the manifest says so (``quantization_scheme``), else empty.
     ``reduce_range`` is None when the manifest does not tell. ``declared`` is the packer's own quality figure.
     """
 
@@ -144,10 +144,10 @@ def candidate_of(variant: Variant, provider: str) -> Candidate:
 
 
 def quantization_scheme(variant: Variant) -> str:
-    """``qdq``, ``dynamic``, ``qoperator`` or ``qoperator-s8`` from the techniques' parameters; empty when they do not tell.
+    """``qdq``, ``dynamic``, ``qoperator`` or ``qoperator-s8`` from the techniques; empty when untold.
 
     Understood are texts among the parameters, in any case: ``QDQ``, ``static``, ``dynamic``, ``QOperator``,
-    ``uint8``; QOperator without unsigned activations is ``-s8``. Anything else is not an error: a technique's parameters are free.
+    ``uint8``; QOperator without unsigned activations is ``-s8``. Anything else is no error: the parameters are free.
     """
     said = {str(value).lower() for technique in variant.technique for value in technique.parameters.values()} | {
         technique.name.lower() for technique in variant.technique
@@ -167,7 +167,7 @@ def _reduce_range(variant: Variant) -> bool | None:
 
 
 def estimated_need_mb(variant: Variant, *, on_cpu: bool = True) -> int:
-    """Memory that ``variant`` takes once loaded, in MB: the packer's figure or the estimate above, whichever is more."""
+    """Memory that ``variant`` takes once loaded, in MB: the packer's figure or the estimate, whichever is more."""
     factor = NEED_FACTOR_FP16_CPU if variant.precision == "fp16" and on_cpu else NEED_FACTOR
     return max(variant.requires.min_memory_mb, NEED_BASE_MB + round(variant.file.size * factor / (1 << 20)))
 
