@@ -186,6 +186,9 @@ def load(path: Path | None, *, explicit: bool) -> Config:
 def read_toml(path: Path) -> dict[str, Any]:
     """The TOML document in ``path``, at most 1 MiB. ConfigError names the file and, for syntax, line and column."""
     try:
+        # A pipe that nobody has filled yet would read as empty, and an empty file means the defaults.
+        if path.is_fifo():
+            raise ConfigError(f"cannot read {path}: it is a pipe, not a file")
         data = read_bounded(path, MAX_TOML_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
