@@ -1,0 +1,74 @@
+"""Confirms CPU features on the live machine through the auxiliary vector, which the kernel gives each process.
+
+On ARM it lists, bit by bit, what the kernel lets this process use on every core; a feature that cpuinfo names and the
+kernel does not give is taken back, and one that cpuinfo left open is settled. On x86 it holds only CPUID leaf 1's EDX,
+enough to tell whether cpuinfo is this machine's. A feature is never raised from the board's name.
+Sources: getauxval(3), Linux ``arch/{arm64,arm}/include/uapi/asm/hwcap.h``, Intel SDM volume 2 (CPUID).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+
+from agent.hardware.cpuinfo import CpuInfo, family_of, family_of_arch, usable_lines
+
+_AT_HWCAP, _AT_HWCAP2 = 16, 26
+#: feature → (vector entry, bit)
+_ARM64_BITS = {
+    "neon": (_AT_HWCAP, 1), "aes": (_AT_HWCAP, 3), "fp16": (_AT_HWCAP, 10), "dotprod": (_AT_HWCAP, 20),
+    "sve": (_AT_HWCAP, 22), "i8mm": (_AT_HWCAP2, 13), "bf16": (_AT_HWCAP2, 14),
+}  # fmt: skip
+_ARM32_BITS = {
+    "neon": (_AT_HWCAP, 12), "fp16": (_AT_HWCAP, 23), "dotprod": (_AT_HWCAP, 24), "bf16": (_AT_HWCAP, 26),
+    "i8mm": (_AT_HWCAP, 27), "aes": (_AT_HWCAP2, 0),
+}  # fmt: skip
+_X86_EDX = {"fpu": 0, "tsc": 4, "cx8": 8, "cmov": 15, "mmx": 23, "fxsr": 24, "sse": 25, "sse2": 26}
+
+
+def confirm_features(
+    features: Mapping[str, bool | None], info: CpuInfo, arch: str | None, note: Callable[[str], None]
+) -> dict[str, bool | None]:
+    """The features after asking the kernel; ``note`` is told of every difference."""
+    family = family_of_arch(arch)
+    vector = _vector() if family in {"arm", "x86"} else {}
+    if not vector.get(_AT_HWCAP):
+        return dict(features)
+    if family == "arm":
+        bits = _ARM64_BITS if struct.calcsize("P") == 8 else _ARM32_BITS
+        return settle({name: bool(vector[entry] >> bit & 1) for name, (entry, bit) in bits.items()}, features, note)
+    if family_of(info) == "x86" and not is_own_x86(info, vector[_AT_HWCAP]):
+        note("proc/cpuinfo: its flags are not those of this machine's CPU, ignored")
+        return {name: (None if value else value) for name, value in features.items()}
+    return dict(features)
+
+
+def settle(
+    given: Mapping[str, bool], features: Mapping[str, bool | None], note: Callable[[str], None]
+) -> dict[str, bool | None]:
+    """cpuinfo's features lowered, or settled where unknown, by what the kernel gives this process. Pure."""
+    settled = dict(features)
+    for name, kernel in given.items():
+        known = settled.get(name)
+        if known and not kernel:
+            note(f"{name}: named in cpuinfo, not given to this process by the kernel")
+        if known is not False:
+            settled[name] = kernel
+    return settled
+
+
+def is_own_x86(info: CpuInfo, edx: int) -> bool:
+    """Whether cpuinfo's flags agree with CPUID leaf 1's EDX. Pure."""
+    words = frozenset[str]().union(*usable_lines(info, "x86"))
+    return all((name in words) == bool(edx >> bit & 1) for name, bit in _X86_EDX.items())
+
+
+def _vector() -> dict[int, int]:
+    """The two entries; empty where the C library has no getauxval (it is in glibc since 2.16 and in musl)."""
+    import ctypes  # noqa: PLC0415  2 ms that a recorded machine need not pay
+
+    getauxval = getattr(ctypes.CDLL(None), "getauxval", None)
+    if getauxval is None:
+        return {}
+    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return {entry: int(getauxval(entry)) for entry in (_AT_HWCAP, _AT_HWCAP2)}
