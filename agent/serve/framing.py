@@ -1,0 +1,439 @@
+"""HTTP/1.1 requests out of bytes, strictly (RFC 9112): no sockets, no clock, so that it can be fuzzed.
+
+Invariants: what comes out does not depend on how the bytes were split into reads; a size is compared with its cap
+before anything of that size is allocated; one reading only is possible of each request, all others are refused
+(bare LF, folded lines, signs or blanks in numbers, two lengths, a length beside a transfer coding), because a second
+reading is how requests are smuggled. The parser keeps at most one request and the bytes that follow it in one read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from agent.base.errors import PeerError
+from agent.serve.limits import Limits
+
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])\Z")
+_FIELD_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([^\x00-\x08\x0a-\x1f\x7f]*)\Z")
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\Z")
+_DIGITS = re.compile(r"[0-9]+\Z")
+_TOKEN_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+
+#: Fields that steer framing or routing: a second one would be a second reading.
+_SINGLE = frozenset(
+    (
+        "host",
+        "content-length",
+        "transfer-encoding",
+        "content-type",
+        "content-encoding",
+        "expect",
+        "inference-header-content-length",
+    )
+)
+CHUNK_LINE_BYTES = 256
+#: Framing bytes allowed beside the data of a chunked body: one byte a chunk would cost more work than it carries.
+CHUNK_OVERHEAD_BYTES = 65536
+#: Heads of up to this size are remembered, so that an app's kept-alive requests are parsed once.
+REMEMBERED_HEAD_BYTES = 1024
+REMEMBERED_HEADS = 128
+#: malloc's alignment on 64-bit; on 32-bit ARM it is 8, which is the largest item that a tensor has.
+_ALIGNMENT = 16
+
+
+class ProtocolError(PeerError):
+    """A request that HTTP or a limit refuses, with its status; ``headers`` are added to the answer."""
+
+    def __init__(self, status: int, text: str, *, hint: str = "", headers: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(text, hint=hint)
+        self.status = status
+        self.headers = headers
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Request line and fields. ``fields`` has lower-case names, repeated ones joined by a comma; values as latin-1.
+
+    ``length`` is the announced body length, None when the body is chunked or there is none.
+    """
+
+    method: str
+    target: str
+    minor: int
+    fields: dict[str, str]
+    length: int | None
+    chunked: bool
+    keep_alive: bool
+    expects_continue: bool
+
+    def count(self, name: str) -> int | None:
+        """The field ``name`` as a count; None when it is missing. Raises ProtocolError when it is no plain number."""
+        return read_count(self.fields, name)
+
+
+def read_count(fields: dict[str, str], name: str) -> int | None:
+    """A field of digits only, as a number; None when it is missing. Raises ProtocolError 400."""
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not _DIGITS.match(value):
+        raise ProtocolError(400, f"cannot read request: {name} must be digits only")
+    # A number of 19 digits is beyond every limit, and int() of a long one would cost time.
+    return int(value.lstrip("0")[:19] or "0")
+
+
+class HeadReader:
+    """Whole heads to ``Head``, and the most frequent ones remembered. Shared by the connections of a socket."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.remembered: dict[bytes, Head] = {}
+
+    def remember(self, raw: bytes, head: Head) -> None:
+        """Keep ``head`` for the same bytes; ``raw`` includes the empty line."""
+        if len(raw) <= REMEMBERED_HEAD_BYTES:
+            if len(self.remembered) >= REMEMBERED_HEADS:
+                self.remembered.clear()
+            self.remembered[raw] = head
+
+
+def read_request_line(line: bytes) -> tuple[str, str, int]:
+    """Method, target and minor version. Raises ProtocolError 400 or 505."""
+    match = _REQUEST_LINE.match(line)
+    if match is None:
+        raise ProtocolError(400, "cannot read request: malformed request line")
+    method, target, major, minor = match.groups()
+    if major != b"1" or minor not in b"01":
+        raise ProtocolError(505, "cannot read request: only HTTP/1.1 and HTTP/1.0 are served")
+    return method.decode("ascii"), target.decode("ascii"), int(minor)
+
+
+def read_field_line(line: bytes) -> tuple[str, str]:
+    """Lower-case name and value of a field line, RFC 9112 section 5. Raises ProtocolError 400."""
+    if line[:1] in (b" ", b"\t"):
+        raise ProtocolError(400, "cannot read request: folded header lines are not accepted")
+    match = _FIELD_LINE.match(line)
+    if match is None:
+        raise ProtocolError(400, "cannot read request: malformed header line")
+    return match[1].decode("ascii").lower(), match[2].strip(b" \t").decode("latin-1")
+
+
+def join_fields(pairs: list[tuple[str, str]]) -> dict[str, str]:
+    """Fields by name; ProtocolError 400 when one that must be single is repeated."""
+    fields: dict[str, str] = {}
+    for name, value in pairs:
+        if name not in fields:
+            fields[name] = value
+        elif name in _SINGLE:
+            raise ProtocolError(400, f"cannot read request: more than one {name} header")
+        else:
+            fields[name] += ", " + value
+    return fields
+
+
+def read_head(line: tuple[str, str, int], fields: dict[str, str]) -> Head:
+    """The head with its framing decided, RFC 9112 section 6.3. Raises ProtocolError."""
+    method, target, minor = line
+    if minor == 1 and "host" not in fields:
+        raise ProtocolError(400, "cannot read request: host header missing")
+    coding = fields.get("transfer-encoding")
+    if coding is not None:
+        if "content-length" in fields:
+            raise ProtocolError(400, "cannot read request: both content-length and transfer-encoding")
+        if minor == 0:
+            raise ProtocolError(400, "cannot read request: transfer-encoding in HTTP/1.0")
+        if coding.lower() != "chunked":
+            raise ProtocolError(501, "cannot read request: the only transfer-encoding served is chunked")
+    if fields.get("content-encoding", "identity").lower() != "identity":
+        raise ProtocolError(415, "cannot read request: content-encoding is not served", hint="send the body plain")
+    options = {option.strip().lower() for option in fields.get("connection", "").split(",")}
+    return Head(
+        method=method,
+        target=target,
+        minor=minor,
+        fields=fields,
+        length=read_count(fields, "content-length"),
+        chunked=coding is not None,
+        keep_alive="close" not in options if minor else "keep-alive" in options,
+        expects_continue=_expects_continue(fields, minor),
+    )
+
+
+def _expects_continue(fields: dict[str, str], minor: int) -> bool:
+    expectation = fields.get("expect")
+    if expectation is None or minor == 0:  # RFC 9110 10.1.1: ignored in HTTP/1.0
+        return False
+    if expectation.lower() != "100-continue":
+        raise ProtocolError(417, "cannot read request: the only expectation served is 100-continue")
+    return True
+
+
+class RequestParser:
+    """Bytes in; a head, then its body, out; then the next request.
+
+    Order of calls: ``feed`` (or ``wrote`` after filling ``room()``) as bytes come; ``next_head`` until it gives one;
+    ``start_body``; ``next_body`` until it gives one; again from ``next_head``. After a ProtocolError it is of no use.
+    """
+
+    __slots__ = (
+        "_body",
+        "_buffer",
+        "_chunk_left",
+        "_chunk_overhead",
+        "_filled",
+        "_head",
+        "_limit",
+        "_line",
+        "_pad",
+        "_pairs",
+        "_reader",
+        "_reserve",
+        "_scan",
+        "_skipped",
+        "_stage",
+        "_start",
+        "_wanted",
+    )  # fmt: skip
+
+    def __init__(self, reader: HeadReader) -> None:
+        self._reader = reader
+        self._buffer: bytes | bytearray = b""
+        self._start = 0  # first byte of the buffer that is not consumed
+        self._body: bytearray | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._scan = self._start
+        self._skipped = False
+        self._line: tuple[str, str, int] | None = None
+        self._pairs: list[tuple[str, str]] = []
+        self._head: Head | None = None
+        self._stage = "head"
+        self._body = None
+        self._pad = self._filled = self._wanted = self._limit = 0
+        self._chunk_left = self._chunk_overhead = 0
+        self._reserve: Callable[[int], None] | None = None
+
+    @property
+    def pending(self) -> int:
+        """Bytes that came and belong to no finished request."""
+        return len(self._buffer) - self._start + self._filled
+
+    def feed(self, data: bytes) -> None:
+        """Take bytes as they came."""
+        if self._start == len(self._buffer):
+            self._scan -= self._start
+            self._buffer, self._start = data, 0
+            return
+        if self._start or isinstance(self._buffer, bytes):
+            self._buffer = bytearray(memoryview(self._buffer)[self._start :])
+            self._scan -= self._start
+            self._start = 0
+        self._buffer += data
+
+    def room(self) -> memoryview | None:
+        """Where the next bytes of a large body may be written directly, else None."""
+        if self._body is None or self._stage != "body":
+            return None
+        return memoryview(self._body)[self._pad + self._filled : self._pad + self._wanted]
+
+    def wrote(self, count: int) -> None:
+        """``count`` bytes were written into ``room()``."""
+        self._filled += count
+
+    def next_head(self) -> Head | None:
+        """The next head, or None until more bytes come. Raises ProtocolError."""
+        if self._scan == self._start and (head := self._remembered_head()) is not None:
+            return head
+        if not self._skip_empty_line():
+            return None
+        limits = self._reader.limits
+        while (line := self._next_line(limits)) is not None:
+            if self._line is None:
+                self._line = read_request_line(line)
+            elif line:
+                self._add_field(line, limits)
+            else:
+                head = read_head(self._line, join_fields(self._pairs))
+                self._reader.remember(bytes(memoryview(self._buffer)[self._start : self._scan]), head)
+                return self._head_done(head)
+        return None
+
+    def _remembered_head(self) -> Head | None:
+        end = self._buffer.find(b"\r\n\r\n", self._start, self._start + REMEMBERED_HEAD_BYTES)
+        if end < 0:
+            return None
+        head = self._reader.remembered.get(bytes(self._buffer[self._start : end + 4]))
+        if head is None:
+            return None
+        self._scan = end + 4
+        return self._head_done(head)
+
+    def _head_done(self, head: Head) -> Head:
+        self._start = self._scan
+        self._head = head
+        self._pairs = []
+        return head
+
+    def _skip_empty_line(self) -> bool:
+        """Skip one CRLF before a request (RFC 9112 2.2); refuse at once what cannot be HTTP, such as TLS."""
+        if self._line is not None or self._start == len(self._buffer):
+            return self._start < len(self._buffer)
+        first = self._buffer[self._start]
+        if first == 13 and not self._skipped:
+            if len(self._buffer) - self._start < 2:
+                return False
+            if self._buffer[self._start + 1] == 10:
+                self._start += 2
+                self._scan = self._start
+                self._skipped = True
+                return self._skip_empty_line()
+        if first not in _TOKEN_BYTES:
+            raise ProtocolError(400, "cannot read request: malformed request line")
+        return True
+
+    def _next_line(self, limits: Limits) -> bytes | None:
+        """The next line of a head or trailer without its CRLF, or None until it is whole."""
+        first = self._line is None and self._head is None
+        cap = self._start + (limits.request_line_bytes if first else limits.head_bytes)
+        end = self._buffer.find(b"\n", self._scan, cap)
+        if end < 0:
+            if len(self._buffer) >= cap:
+                if first:
+                    raise ProtocolError(414, f"cannot read request: first line over {limits.request_line_bytes} bytes")
+                raise ProtocolError(431, f"cannot read request: headers over {limits.head_bytes} bytes")
+            return None
+        line = bytes(self._buffer[self._scan : end])
+        if line[-1:] != b"\r":
+            raise ProtocolError(400, "cannot read request: line ends without CR")
+        self._scan = end + 1
+        return line[:-1]
+
+    def _add_field(self, line: bytes, limits: Limits) -> None:
+        if len(self._pairs) >= limits.head_fields:
+            raise ProtocolError(431, f"cannot read request: more than {limits.head_fields} headers")
+        self._pairs.append(read_field_line(line))
+
+    def start_body(self, limit: int, lead: int = 0, reserve: Callable[[int], None] | None = None) -> None:
+        """Allow a body of up to ``limit`` bytes. Raises ProtocolError 413 before anything is allocated.
+
+        ``lead``: that many bytes of the body stand before what should lie aligned in memory. ``reserve`` is called with
+        the number of bytes about to be allocated, and may raise.
+        """
+        head = self._head
+        assert head is not None
+        self._limit, self._reserve = limit, reserve
+        if head.chunked:
+            self._stage = "size"
+            self._body = bytearray(-lead % _ALIGNMENT)
+            self._pad = len(self._body)
+            return
+        self._stage = "body"
+        self._wanted = head.length or 0
+        if self._wanted > limit:
+            raise ProtocolError(413, f"cannot take body: {self._wanted} bytes announced, at most {limit} are taken")
+        have = len(self._buffer) - self._start
+        if have < self._wanted:
+            if reserve is not None:
+                reserve(self._wanted)
+            self._pad = -lead % _ALIGNMENT
+            self._body = bytearray(self._pad + self._wanted)
+            self._body[self._pad : self._pad + have] = memoryview(self._buffer)[self._start :]
+            self._filled = have
+            self._buffer, self._start = b"", 0
+
+    def next_body(self) -> bytes | memoryview | None:
+        """The whole body once it is there, else None. Raises ProtocolError."""
+        if self._stage == "body":
+            return self._plain_body()
+        while self._stage != "done":
+            if not self._STEPS[self._stage](self):
+                return None
+        assert self._body is not None
+        body = memoryview(self._body)[self._pad :]
+        self._reset()
+        return body
+
+    def _plain_body(self) -> bytes | memoryview | None:
+        if self._body is None:
+            end = self._start + self._wanted
+            small = bytes(self._buffer[self._start : end]) if self._wanted else b""
+            self._start = end
+            self._reset()
+            return small
+        if self._filled < self._wanted:
+            return None
+        whole = memoryview(self._body)[self._pad :]
+        self._reset()
+        return whole
+
+    def _chunk_size(self) -> bool:
+        end = self._buffer.find(b"\n", self._start, self._start + CHUNK_LINE_BYTES)
+        if end < 0:
+            if len(self._buffer) - self._start >= CHUNK_LINE_BYTES:
+                raise ProtocolError(400, f"cannot read body: chunk line over {CHUNK_LINE_BYTES} bytes")
+            return False
+        line = bytes(self._buffer[self._start : end])
+        match = _CHUNK_LINE.match(line[:-1]) if line[-1:] == b"\r" else None
+        if match is None:
+            raise ProtocolError(400, "cannot read body: malformed chunk size")
+        digits = match[1].lstrip(b"0")
+        size = int(digits[:16] or b"0", 16)
+        if self._filled + size > self._limit or len(digits) > 16:
+            raise ProtocolError(413, f"cannot take body: over {self._limit} bytes")
+        self._count_overhead(end + 1 - self._start)
+        self._start = self._scan = end + 1
+        self._chunk_left = size
+        if size and self._reserve is not None:
+            self._reserve(size)
+        self._stage = "data" if size else "trailers"
+        return True
+
+    def _count_overhead(self, size: int) -> None:
+        self._chunk_overhead += size
+        if self._chunk_overhead > CHUNK_OVERHEAD_BYTES + self._filled // 16:
+            raise ProtocolError(400, "cannot read body: chunks too small")
+
+    def _chunk_data(self) -> bool:
+        take = min(self._chunk_left, len(self._buffer) - self._start)
+        if not take:
+            return False
+        assert self._body is not None
+        with memoryview(self._buffer) as view:
+            self._body += view[self._start : self._start + take]
+        self._start += take
+        self._filled += take
+        self._chunk_left -= take
+        if self._chunk_left == 0:
+            self._stage = "end"
+        return True
+
+    def _chunk_end(self) -> bool:
+        ending = bytes(self._buffer[self._start : self._start + 2])
+        if ending != b"\r\n"[: len(ending)]:
+            raise ProtocolError(400, "cannot read body: chunk longer than its size")
+        if len(ending) < 2:
+            return False
+        self._start += 2
+        self._stage = "size"
+        return True
+
+    def _trailers(self) -> bool:
+        """Trailer fields are checked like headers and dropped: nothing here needs one."""
+        while (line := self._next_line(self._reader.limits)) is not None:
+            if not line:
+                self._start = self._scan
+                self._stage = "done"
+                return True
+            self._add_field(line, self._reader.limits)
+        return False
+
+    _STEPS: ClassVar[dict[str, Callable[[RequestParser], bool]]] = {
+        "size": _chunk_size,
+        "data": _chunk_data,
+        "end": _chunk_end,
+        "trailers": _trailers,
+    }

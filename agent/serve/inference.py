@@ -1,0 +1,222 @@
+"""The rows of ``infer.sock``: the Open Inference Protocol over whatever serves models.
+
+A name that a peer may not use gets 403. To a peer that some rule restricts, a name that does not exist gets the very
+same answer, so that it cannot find out which names exist; to everybody else it gets 404.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from agent.base.errors import AgentError, NotFoundError, PeerError, RefusedError
+from agent.infer.tensors import InferRequest, InferResponse
+from agent.serve import oip
+from agent.serve.access import INFER, ModelRules, Peer
+from agent.serve.exchange import Request, Response, error_answer, json_response
+from agent.serve.framing import Head
+from agent.serve.limits import Limits
+from agent.serve.routes import Route
+from agent.serve.statistics import Statistics
+
+HEADER_LENGTH = "inference-header-content-length"
+
+
+class ModelServer(Protocol):
+    """What serving needs of the engine. ``version`` None means the active one. Deadlines: ``time.monotonic()``."""
+
+    def server_metadata(self) -> dict[str, Any]:
+        """Name, version and extensions of the server."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether requests can be answered."""
+        ...
+
+    def index(self) -> list[dict[str, Any]]:
+        """Every model version: name, version, state, reason."""
+        ...
+
+    def model_metadata(self, name: str, version: str | None) -> dict[str, Any]:
+        """Name, versions, platform, inputs, outputs. Raises NotFoundError."""
+        ...
+
+    def model_ready(self, name: str, version: str | None) -> bool:
+        """Whether the model can answer. Raises NotFoundError."""
+        ...
+
+    def infer(
+        self, name: str, version: str | None, request: InferRequest, deadline: float
+    ) -> InferResponse | Awaitable[InferResponse]:
+        """The answer, or something to await for it. Raises errors of ``agent.base.errors``; may be cancelled."""
+        ...
+
+
+class Inference:
+    """Handlers of ``infer.sock``. ``labels`` gives the class names of a model for ``classification``."""
+
+    def __init__(
+        self,
+        models: ModelServer,
+        *,
+        limits: Limits,
+        rules: ModelRules | None = None,
+        statistics: Statistics | None = None,
+        labels: Callable[[str, str], Sequence[str]] = lambda _model, _version: (),
+        metrics: Sequence[Callable[[], Sequence[str]]] = (),
+    ) -> None:
+        self._models = models
+        self._limits = limits
+        self._rules = rules or ModelRules()
+        self._statistics = statistics or Statistics()
+        self._labels = labels
+        self._metrics = tuple(metrics)
+
+    def routes(self) -> list[Route]:
+        """The table of ``infer.sock``."""
+        rows = [
+            Route("GET", "/v2", INFER, self._server),
+            Route("GET", "/v2/health/live", INFER, lambda _request: Response()),
+            Route("GET", "/v2/health/ready", INFER, self._ready),
+            Route("POST", "/v2/repository/index", INFER, self._index),
+            Route("GET", "/v2/models/stats", INFER, self._all_stats),
+            Route("GET", "/metrics", INFER, self._prometheus),
+        ]
+        for pattern in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            rows += [
+                Route("GET", pattern, INFER, self._metadata, self._admit),
+                Route("GET", f"{pattern}/ready", INFER, self._model_ready, self._admit),
+                Route("GET", f"{pattern}/stats", INFER, self._stats, self._admit),
+                Route("POST", f"{pattern}/infer", INFER, self._infer, self._admit, needs_body=True, lead=_lead),
+            ]
+        return rows
+
+    # Who may see what.
+
+    def _admit(self, peer: Peer, params: Mapping[str, str]) -> None:
+        name = params["model"]
+        if not self._rules.allowed(peer, name):
+            raise _closed(name)
+        try:
+            self._models.model_ready(name, params.get("version"))
+        except NotFoundError:
+            if self._rules.restricted(peer):
+                raise _closed(name) from None
+            raise
+
+    def _visible(self, peer: Peer) -> list[dict[str, Any]]:
+        return [entry for entry in self._models.index() if self._rules.allowed(peer, entry["name"])]
+
+    # Server.
+
+    def _server(self, _request: Request) -> Response:
+        return json_response(self._models.server_metadata())
+
+    def _ready(self, _request: Request) -> Response:
+        if self._models.ready():
+            return Response()
+        return json_response({"error": "not ready"}, 400)
+
+    def _index(self, request: Request) -> Response:
+        only_ready = request.json().get("ready", False)
+        if not isinstance(only_ready, bool):
+            raise PeerError("ready: must be true or false")
+        entries = self._visible(request.peer)
+        return json_response([entry for entry in entries if not only_ready or entry.get("state") == "READY"])
+
+    def _prometheus(self, request: Request) -> Response:
+        lines = self._statistics.prometheus(lambda model: self._rules.allowed(request.peer, model))
+        for source in self._metrics:
+            lines.extend(source())
+        return Response(200, ("\n".join([*lines, ""]).encode(),), "text/plain; version=0.0.4; charset=utf-8")
+
+    def _all_stats(self, request: Request) -> Response:
+        entries = self._visible(request.peer)
+        return json_response(self._statistics.document((entry["name"], entry["version"]) for entry in entries))
+
+    # One model.
+
+    def _metadata(self, request: Request) -> Response:
+        return json_response(self._models.model_metadata(request.params["model"], request.params.get("version")))
+
+    def _model_ready(self, request: Request) -> Response:
+        name = request.params["model"]
+        ready = self._models.model_ready(name, request.params.get("version"))
+        return json_response({"name": name, "ready": ready}, 200 if ready else 400)
+
+    def _stats(self, request: Request) -> Response:
+        name, version = request.params["model"], request.params.get("version")
+        known = [
+            (name, entry["version"])
+            for entry in self._models.index()
+            if entry["name"] == name and version in (None, entry["version"])
+        ]
+        return json_response(self._statistics.document(known))
+
+    def _infer(self, request: Request) -> Response | Awaitable[Response]:
+        started = time.perf_counter_ns()
+        name, version = request.params["model"], request.params.get("version")
+        try:
+            length = request.fields.get(HEADER_LENGTH)
+            decoded = oip.decode_request(request.body, None if length is None else int(length), self._limits.json_bytes)
+            self._shorten(request, decoded.request)
+            answer = self._models.infer(name, version, decoded.request, request.deadline)
+            if isinstance(answer, InferResponse):
+                return self._answer(answer, decoded, started)
+        except AgentError as error:
+            return self._failed(error, name, version, started)
+        return self._later(answer, decoded, (name, version), started)
+
+    def _shorten(self, request: Request, asked: InferRequest) -> None:
+        """The caller's ``timeout`` (microseconds, 0: none) may shorten the deadline, never lengthen it."""
+        timeout = asked.parameters.get("timeout")
+        for field in ("timeout", "priority"):
+            value = asked.parameters.get(field, 0)
+            if type(value) is not int or value < 0:
+                raise PeerError(f"parameters.{field}: must be a whole number, not negative")
+        if timeout:
+            request.deadline = min(request.deadline, time.monotonic() + min(timeout, 1 << 40) / 1e6)
+
+    async def _later(
+        self, answer: Awaitable[InferResponse], decoded: oip.Decoded, model: tuple[str, str | None], started: int
+    ) -> Response:
+        try:
+            return self._answer(await answer, decoded, started)
+        except AgentError as error:
+            return self._failed(error, *model, started)
+
+    def _answer(self, response: InferResponse, decoded: oip.Decoded, started: int) -> Response:
+        wants_labels = any(output.classification for output in decoded.request.outputs)
+        labels = self._labels(response.model_name, response.model_version) if wants_labels else ()
+        answer = oip.encode_response(response, decoded, self._limits.json_bytes, labels)
+        said = response.parameters
+        self._statistics.succeeded(
+            response.model_name,
+            response.model_version,
+            time.perf_counter_ns() - started,
+            _nanoseconds(said.get("queue_us")),
+            _nanoseconds(said.get("compute_us")),
+            cached=said.get("cache") == "hit",
+        )
+        return answer
+
+    def _failed(self, error: AgentError, name: str, version: str | None, started: int) -> Response:
+        # What infer() asks to try later is its queue: 429, as clients of model servers expect.
+        response = error_answer(error, busy_status=429)
+        if not isinstance(error, NotFoundError):
+            self._statistics.failed(name, version or "", time.perf_counter_ns() - started, response.status)
+        return response
+
+
+def _closed(name: str) -> RefusedError:
+    return RefusedError(f"cannot use model '{name[:64]}': it is not open to this user")
+
+
+def _lead(head: Head) -> int:
+    """Bytes of JSON before the binary tensors, which should lie aligned; also checks the field early."""
+    return head.count(HEADER_LENGTH) or 0
+
+
+def _nanoseconds(microseconds: Any) -> int:
+    return int(microseconds * 1000) if isinstance(microseconds, (int, float)) else 0

@@ -1,0 +1,478 @@
+"""Open Inference Protocol v2 requests and answers: JSON, and the binary tensor data extension.
+
+Invariants: nothing is allocated for a size or shape that the bytes at hand do not bear out; binary inputs are views of
+the request's body; binary outputs are views of the model's arrays. Unknown fields of a request are ignored, as the
+protocol's extensions demand; known ones of a wrong type are refused with their name. numpy is imported at first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from agent.base.datatypes import DATATYPES, ITEM_SIZE, NUMPY_NAME, decode_bytes_elements, encode_bytes_elements
+from agent.base.errors import AgentError, PeerError, TooLargeError, UnsupportedError
+from agent.infer.tensors import InferRequest, InferResponse, RequestedOutput, Tensor
+from agent.serve.exchange import BINARY, JSON, Part, Response, encode_json, read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+#: numpy before 2 has 32 axes at most.
+MAX_AXES = 32
+MAX_TENSORS = 256
+MAX_PARAMETERS = 64
+MAX_NAME = 256
+#: Elements of a BYTES tensor are Python objects, handled one by one on the event loop.
+MAX_BYTES_ELEMENTS = 1 << 18
+#: JSON parts of binary requests up to this size are remembered: an app sends the same one each time.
+_REMEMBERED_BYTES = 2048
+#: Outputs up to this size are cheaper to copy than to send apart.
+_SMALL_BYTES = 16384
+_INT_RANGE = {
+    f"{sign}INT{bits}": (0, (1 << bits) - 1) if sign else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+    for bits in (8, 16, 32, 64)
+    for sign in ("", "U")
+}
+_NO_PARAMETERS: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A request, and whether outputs that it does not name go out as binary."""
+
+    request: InferRequest
+    binary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """An input as its JSON describes it: ``size`` bytes of binary data, or ``data`` when ``size`` is None."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    count: int
+    size: int | None
+    data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Everything of a request but its binary data."""
+
+    inputs: tuple[_Input, ...]
+    outputs: tuple[RequestedOutput, ...]
+    id: str
+    parameters: Mapping[str, Any]
+    binary: bool
+
+
+def decode_request(body: bytes | memoryview, header_length: int | None, json_bytes: int) -> Decoded:
+    """The request in ``body``, whose first ``header_length`` bytes are JSON (None: all of it).
+
+    Raises PeerError naming the field, TooLargeError when the JSON is over ``json_bytes``.
+    """
+    if header_length is None:
+        header_length = len(body)
+        tail = memoryview(b"")
+    elif 0 < header_length <= len(body):
+        tail = memoryview(body)[header_length:]
+    else:
+        raise PeerError(
+            f"Inference-Header-Content-Length: {header_length}, but the body has {len(body)} bytes"
+            if header_length
+            else "Inference-Header-Content-Length: 0 (raw binary) is not served, send the JSON part"
+        )
+    if header_length > json_bytes:
+        raise TooLargeError(
+            f"cannot read JSON: {header_length} bytes, at most {json_bytes} are taken",
+            hint="send tensors as binary data, with Inference-Header-Content-Length",
+        )
+    if tail and header_length <= _REMEMBERED_BYTES:
+        plan = _remembered_plan(bytes(body[:header_length]))
+    else:
+        plan = _plan(body[:header_length])
+    request = InferRequest(_tensors(plan.inputs, tail), plan.outputs, plan.id, plan.parameters)
+    return Decoded(request, plan.binary)
+
+
+def _tensors(inputs: Sequence[_Input], tail: memoryview) -> tuple[Tensor, ...]:
+    tensors = []
+    offset = 0
+    for part in inputs:
+        if part.size is None:
+            array = _from_json(part)
+        else:
+            end = offset + part.size
+            if end > len(tail):
+                raise PeerError(
+                    f"input '{part.name}': binary_data_size {part.size}, but {len(tail) - offset} bytes are left"
+                )
+            array = _from_binary(part, tail[offset:end])
+            offset = end
+        tensors.append(Tensor(part.name, part.datatype, array))
+    if offset != len(tail):
+        raise PeerError(f"binary data: {len(tail) - offset} bytes left over after the inputs")
+    return tuple(tensors)
+
+
+# The JSON part.
+
+
+def _plan(data: bytes | memoryview) -> _Plan:
+    document = read_json(data)
+    if not isinstance(document, dict):
+        raise PeerError("request: must be a JSON object")
+    parameters = _parameters(document, "parameters")
+    binary = _flag(parameters, "binary_data_output", "parameters") or False
+    inputs = _list(document, "inputs")
+    if not inputs:
+        raise PeerError("inputs: missing")
+    wanted = _list(document, "outputs")
+    outputs = tuple(_output(entry, f"outputs[{index}]", binary) for index, entry in enumerate(wanted))
+    names = {output.name for output in outputs}
+    if len(names) < len(outputs):
+        raise PeerError("outputs: one name twice")
+    request_id = document.get("id", "")
+    if not isinstance(request_id, str) or len(request_id) > MAX_NAME:
+        raise PeerError(f"id: must be a text of at most {MAX_NAME} characters")
+    return _Plan(
+        tuple(_input(entry, f"inputs[{index}]") for index, entry in enumerate(inputs)),
+        outputs,
+        request_id,
+        MappingProxyType({name: value for name, value in parameters.items() if name != "binary_data_output"})
+        if parameters
+        else _NO_PARAMETERS,
+        binary,
+    )
+
+
+#: Keyed by the bytes themselves; what it gives is immutable.
+_remembered_plan: Callable[[bytes], _Plan] = functools.lru_cache(maxsize=64)(_plan)
+
+
+def _list(document: Mapping[str, Any], name: str) -> list[Any]:
+    value = document.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise PeerError(f"{name}: must be a list")
+    if len(value) > MAX_TENSORS:
+        raise PeerError(f"{name}: more than {MAX_TENSORS}")
+    return value
+
+
+def _parameters(owner: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The plain values of a ``parameters`` object."""
+    value = owner.get("parameters")
+    if value is None:
+        return _NO_PARAMETERS
+    if not isinstance(value, dict) or len(value) > MAX_PARAMETERS:
+        raise PeerError(f"{where}: must be an object of at most {MAX_PARAMETERS} values")
+    for name, entry in value.items():
+        if entry is not None and not isinstance(entry, (str, int, float, bool)):
+            raise PeerError(f"{where}.{name[:64]}: must be a text, number or boolean")
+    return value
+
+
+def _flag(parameters: Mapping[str, Any], name: str, where: str) -> bool | None:
+    value = parameters.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise PeerError(f"{where}.{name}: must be true or false")
+    return value
+
+
+def _whole(parameters: Mapping[str, Any], name: str, where: str) -> int | None:
+    value = parameters.get(name)
+    if value is not None and (type(value) is not int or not 0 <= value < 1 << 63):
+        raise PeerError(f"{where}.{name}: must be a whole number, not negative")
+    return value
+
+
+def _named(entry: Any, where: str) -> str:
+    if not isinstance(entry, dict):
+        raise PeerError(f"{where}: must be an object")
+    name = entry.get("name")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+        raise PeerError(f"{where}.name: must be a text of 1 to {MAX_NAME} characters")
+    return name
+
+
+def _output(entry: Any, where: str, binary: bool) -> RequestedOutput:
+    name = _named(entry, where)
+    parameters = _parameters(entry, f"{where}.parameters")
+    _refuse_shared_memory(parameters, f"output '{name}'")
+    own = _flag(parameters, "binary_data", f"output '{name}': parameters")
+    classes = _whole(parameters, "classification", f"output '{name}': parameters")
+    return RequestedOutput(name, binary if own is None else own, classes or 0)
+
+
+def _input(entry: Any, where: str) -> _Input:
+    name = _named(entry, where)
+    label = f"input '{name}'"
+    datatype = entry.get("datatype")
+    if datatype not in DATATYPES:
+        raise PeerError(f"{label}: datatype must be one of {', '.join(DATATYPES)}")
+    shape = _shape(entry.get("shape"), label)
+    count = _count(shape, ITEM_SIZE.get(datatype, 1), label)
+    parameters = _parameters(entry, f"{label}: parameters")
+    _refuse_shared_memory(parameters, label)
+    size = _whole(parameters, "binary_data_size", f"{label}: parameters")
+    if size is None:
+        if "data" not in entry:
+            raise PeerError(f"{label}: data missing (neither 'data' nor 'binary_data_size')")
+        return _Input(name, datatype, shape, count, None, entry["data"])
+    if "data" in entry:
+        raise PeerError(f"{label}: both 'data' and 'binary_data_size'")
+    if datatype != "BYTES" and size != count * ITEM_SIZE[datatype]:
+        wanted = count * ITEM_SIZE[datatype]
+        raise PeerError(f"{label}: binary_data_size {size}, but shape {list(shape)} of {datatype} is {wanted} bytes")
+    _check_elements(datatype, count, label)
+    return _Input(name, datatype, shape, count, size, None)
+
+
+def _refuse_shared_memory(parameters: Mapping[str, Any], label: str) -> None:
+    if "shared_memory_region" in parameters:
+        raise UnsupportedError(f"{label}: shared memory is not served")
+
+
+def _shape(value: Any, label: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > MAX_AXES:
+        raise PeerError(f"{label}: shape must be a list of at most {MAX_AXES} sizes")
+    if any(type(size) is not int or not 0 <= size < 1 << 31 for size in value):
+        raise PeerError(f"{label}: shape must hold whole numbers, not negative and below 2^31")
+    return tuple(value)
+
+
+def _count(shape: Sequence[int], item: int, label: str) -> int:
+    """Number of elements. Empty axes do not excuse the others: numpy multiplies what is not zero."""
+    volume, count = item, 1
+    for size in shape:
+        volume *= size or 1
+        count *= size
+        if volume >= 1 << 31:
+            raise PeerError(f"{label}: shape {list(shape)} is too large")
+    return count
+
+
+def _check_elements(datatype: str, count: int, label: str) -> None:
+    if datatype == "BYTES" and count > MAX_BYTES_ELEMENTS:
+        raise TooLargeError(f"{label}: {count} BYTES elements, at most {MAX_BYTES_ELEMENTS} are taken")
+
+
+# Arrays from bytes and from JSON values.
+
+
+def _from_binary(part: _Input, view: memoryview) -> NDArray[Any]:
+    import numpy as np  # noqa: PLC0415 - a daemon that serves nothing yet never loads it
+
+    if part.datatype == "BYTES":
+        try:
+            return _objects(decode_bytes_elements(view, part.count), part.shape)
+        except ValueError as error:
+            raise PeerError(f"input '{part.name}': {error}") from error
+    if not part.count:
+        return np.empty(part.shape, NUMPY_NAME[part.datatype])
+    array: NDArray[Any] = np.frombuffer(view, NUMPY_NAME[part.datatype])
+    if not array.flags.aligned:
+        array = array.copy()
+    if part.datatype == "BOOL" and np.frombuffer(view, "u1").max() > 1:
+        raise PeerError(f"input '{part.name}': BOOL bytes must be 0 or 1")
+    return array.reshape(part.shape)
+
+
+def _objects(elements: Sequence[bytes], shape: tuple[int, ...]) -> NDArray[Any]:
+    import numpy as np  # noqa: PLC0415
+
+    array = np.empty(len(elements), dtype=object)
+    array[:] = elements
+    return array.reshape(shape)
+
+
+def _from_json(part: _Input) -> NDArray[Any]:
+    import numpy as np  # noqa: PLC0415
+
+    label = f"input '{part.name}'"
+    values = _flat(part.data, part.shape, label)
+    if len(values) != part.count:
+        raise PeerError(f"{label}: {len(values)} values, but shape {list(part.shape)} has {part.count}")
+    _check_elements(part.datatype, part.count, label)
+    if part.datatype == "BYTES":
+        _check_kinds(values, {str}, "texts", part)
+        try:
+            return _objects([value.encode("utf-8") for value in values], part.shape)
+        except UnicodeEncodeError as error:
+            raise PeerError(f"{label}: data holds a text that is not Unicode") from error
+    if part.datatype == "BOOL":
+        _check_kinds(values, {bool}, "true or false", part)
+        return np.array(values, dtype="?").reshape(part.shape)
+    if part.datatype in _INT_RANGE:
+        _check_kinds(values, {int}, "whole numbers", part)
+        least, most = _INT_RANGE[part.datatype]
+        if values and (min(values) < least or max(values) > most):
+            raise PeerError(f"{label}: data holds a number out of the range of {part.datatype}")
+        return np.array(values, dtype=NUMPY_NAME[part.datatype]).reshape(part.shape)
+    _check_kinds(values, {int, float}, "numbers", part)
+    return _floats(values, part.datatype, label).reshape(part.shape)
+
+
+def _flat(data: Any, shape: tuple[int, ...], label: str) -> list[Any]:
+    """The values of ``data``, flat or nested as ``shape`` says, row-major. No recursion: depth is that of the shape."""
+    if not isinstance(data, list):
+        if shape:
+            raise PeerError(f"{label}: data must be a list")
+        return [data]
+    if list not in set(map(type, data)):
+        return data
+    level: list[Any] = [data]
+    for axis, size in enumerate(shape):
+        if any(type(entry) is not list or len(entry) != size for entry in level):
+            raise PeerError(f"{label}: data does not nest as shape {list(shape)} says (axis {axis})")
+        level = list(itertools.chain.from_iterable(level))
+    return level
+
+
+def _check_kinds(values: list[Any], allowed: set[type], words: str, part: _Input) -> None:
+    # Exact types: True is an int to Python, and must not pass for a number.
+    if not set(map(type, values)) <= allowed:
+        index = next(index for index, value in enumerate(values) if type(value) not in allowed)
+        raise PeerError(f"input '{part.name}': data of {part.datatype} must be {words} (value {index} is not)")
+
+
+def _floats(values: list[Any], datatype: str, label: str) -> NDArray[Any]:
+    import numpy as np  # noqa: PLC0415
+
+    try:
+        wide = np.array(values, dtype="<f8")
+    except OverflowError:
+        wide = np.array([np.inf])
+    with np.errstate(over="ignore"):
+        array: NDArray[Any] = wide.astype("<f4" if datatype == "BF16" else NUMPY_NAME[datatype])
+    if datatype == "BF16":
+        bits = array.view("<u4")
+        array = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")  # to the nearest, ties to even
+        finite = bool(((array & 0x7F80) != 0x7F80).all())
+    else:
+        finite = bool(np.isfinite(array).all())
+    if not finite:
+        raise PeerError(f"{label}: data holds a number out of the range of {datatype}")
+    return array
+
+
+# Answers.
+
+
+def encode_response(response: InferResponse, decoded: Decoded, json_bytes: int, labels: Sequence[str] = ()) -> Response:
+    """The HTTP answer: JSON, then the binary outputs in its order.
+
+    Raises PeerError for what JSON cannot say, TooLargeError for a JSON answer far over ``json_bytes``.
+    """
+    outputs: list[dict[str, Any]] = []
+    tails: list[Part] = []
+    for tensor, wanted in _chosen(response, decoded):
+        if wanted is not None and wanted.classification:
+            tensor = classify(tensor, wanted.classification, labels)  # noqa: PLW2901
+        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.array.shape)}
+        if decoded.binary if wanted is None else wanted.binary:
+            tail = _to_binary(tensor)
+            entry["parameters"] = {"binary_data_size": len(tail)}
+            tails.append(tail)
+        else:
+            entry.update(_to_json(tensor, json_bytes))
+        outputs.append(entry)
+    document: dict[str, Any] = {"model_name": response.model_name, "model_version": response.model_version}
+    if response.id or decoded.request.id:
+        document["id"] = response.id or decoded.request.id
+    if response.parameters:
+        document["parameters"] = dict(response.parameters)
+    document["outputs"] = outputs
+    head = encode_json(document)
+    if not tails:
+        return Response(200, (head,), JSON)
+    return Response(200, (head, *tails), BINARY, (("Inference-Header-Content-Length", str(len(head))),))
+
+
+def _chosen(response: InferResponse, decoded: Decoded) -> list[tuple[Tensor, RequestedOutput | None]]:
+    if not decoded.request.outputs:
+        return [(tensor, None) for tensor in response.outputs]
+    by_name = {tensor.name: tensor for tensor in response.outputs}
+    missing = [wanted.name for wanted in decoded.request.outputs if wanted.name not in by_name]
+    if missing:
+        raise AgentError(f"output '{missing[0]}': the model gave none")
+    return [(by_name[wanted.name], wanted) for wanted in decoded.request.outputs]
+
+
+def _to_binary(tensor: Tensor) -> Part:
+    """Row-major little-endian bytes: a copy when small, else a view of the array."""
+    import numpy as np  # noqa: PLC0415
+
+    if tensor.datatype == "BYTES":
+        return encode_bytes_elements(_as_bytes(value) for value in tensor.array.ravel().tolist())
+    array = np.ascontiguousarray(tensor.array, dtype=NUMPY_NAME[tensor.datatype])
+    if array.nbytes <= _SMALL_BYTES:
+        return array.tobytes()
+    return array.reshape(-1).view("u1").data
+
+
+def _as_bytes(value: Any) -> bytes:
+    return value if isinstance(value, bytes) else str(value).encode("utf-8")
+
+
+def _to_json(tensor: Tensor, json_bytes: int) -> dict[str, Any]:
+    """``data``, flat. NaN and Infinity become null, and are counted in the output's ``parameters.non_finite``."""
+    import numpy as np  # noqa: PLC0415
+
+    array = tensor.array
+    if array.size > json_bytes // 8:
+        raise TooLargeError(
+            f"output '{tensor.name}': {array.size} values are too many for JSON", hint="ask for it with binary_data"
+        )
+    if tensor.datatype == "BYTES":
+        return {"data": _texts(tensor)}
+    if tensor.datatype == "BF16":
+        array = _widened(array)
+    values = array.ravel().tolist()
+    if array.dtype.kind != "f" or bool(np.isfinite(array).all()):
+        return {"data": values}
+    finite = np.isfinite(array).ravel().tolist()
+    plain = [value if good else None for value, good in zip(values, finite, strict=True)]
+    return {"parameters": {"non_finite": finite.count(False)}, "data": plain}
+
+
+def _texts(tensor: Tensor) -> list[str]:
+    try:
+        return [_as_bytes(value).decode("utf-8") for value in tensor.array.ravel().tolist()]
+    except UnicodeDecodeError as error:
+        raise PeerError(
+            f"output '{tensor.name}': holds bytes that are not UTF-8, which JSON cannot carry",
+            hint="ask for it with binary_data",
+        ) from error
+
+
+def _widened(bits: NDArray[Any]) -> NDArray[np.float32]:
+    """BF16 bits as float32: the upper half of its bits."""
+    return (bits.astype("<u4") << 16).view("<f4")
+
+
+def classify(tensor: Tensor, count: int, labels: Sequence[str]) -> Tensor:
+    """The ``count`` largest values along the last axis as BYTES ``score:index[:label]`` (Triton's classification)."""
+    import numpy as np  # noqa: PLC0415
+
+    if tensor.datatype == "BYTES":
+        raise PeerError(f"output '{tensor.name}': classification needs numbers, it has BYTES")
+    scores = (_widened(tensor.array) if tensor.datatype == "BF16" else tensor.array).astype("<f8")
+    scores = scores.reshape(1) if not scores.shape else scores
+    count = min(count, scores.shape[-1])
+    best = np.argsort(-scores, axis=-1, kind="stable")[..., :count]
+    values = np.take_along_axis(scores, best, axis=-1)
+    texts = [
+        f"{value:f}:{index}" + (f":{labels[index]}" if index < len(labels) else "")
+        for value, index in zip(values.ravel().tolist(), best.ravel().tolist(), strict=True)
+    ]
+    return Tensor(tensor.name, "BYTES", _objects([text.encode() for text in texts], best.shape))

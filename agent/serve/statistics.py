@@ -1,0 +1,138 @@
+"""Counts and times of inference per model version: Triton's statistics document and Prometheus text.
+
+Pure. Only models that exist are counted, so that callers cannot make the tables grow. Durations are in nanoseconds.
+Sources: Triton's statistics extension; the Prometheus text exposition format 0.0.4.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+#: Upper bounds of the latency histogram in seconds: 100 us to 10 s.
+BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+_BOUNDS_NS = tuple(int(bound * 1e9) for bound in BOUNDS)
+
+
+@dataclass(slots=True)
+class _Counts:
+    """One version of one model."""
+
+    success: int = 0
+    success_ns: int = 0
+    fail: int = 0
+    fail_ns: int = 0
+    queue_ns: int = 0
+    compute_ns: int = 0
+    cache_hits: int = 0
+    last_ms: int = 0
+    statuses: dict[int, int] = field(default_factory=dict)
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+
+
+class Statistics:
+    """Counters by model and version."""
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._counts: dict[tuple[str, str], _Counts] = {}
+
+    def _of(self, model: str, version: str) -> _Counts:
+        counts = self._counts.get((model, version))
+        if counts is None:
+            counts = self._counts[model, version] = _Counts()
+        return counts
+
+    def succeeded(
+        self, model: str, version: str, total_ns: int, queue_ns: int = 0, compute_ns: int = 0, *, cached: bool = False
+    ) -> None:
+        """One request was answered."""
+        counts = self._of(model, version)
+        counts.success += 1
+        counts.success_ns += total_ns
+        counts.queue_ns += queue_ns
+        counts.compute_ns += compute_ns
+        counts.cache_hits += cached
+        counts.last_ms = int(self._now() * 1000)
+        counts.buckets[bisect_left(_BOUNDS_NS, total_ns)] += 1
+
+    def failed(self, model: str, version: str, total_ns: int, status: int) -> None:
+        """One request got an error."""
+        counts = self._of(model, version)
+        counts.fail += 1
+        counts.fail_ns += total_ns
+        counts.statuses[status] = counts.statuses.get(status, 0) + 1
+
+    def forget(self, model: str) -> None:
+        """The model was removed."""
+        for key in [key for key in self._counts if key[0] == model]:
+            del self._counts[key]
+
+    def document(self, known: Iterable[tuple[str, str]]) -> dict[str, Any]:
+        """Triton's ``model_stats`` for the given models and versions, those never asked with zeros."""
+        return {"model_stats": [_triton(*key, self._counts.get(key) or _Counts()) for key in known]}
+
+    def prometheus(self, visible: Callable[[str], bool]) -> list[str]:
+        """Lines for the models that ``visible`` lets through."""
+        rows = [
+            (f'model="{_escape(model)}",version="{_escape(version)}"', counts)
+            for (model, version), counts in sorted(self._counts.items())
+            if visible(model)
+        ]
+        lines = ["# TYPE edge_agent_infer_requests_total counter"]
+        for labels, counts in rows:
+            lines.append(f'edge_agent_infer_requests_total{{{labels},status="200"}} {counts.success}')
+            lines.extend(
+                f'edge_agent_infer_requests_total{{{labels},status="{status}"}} {number}'
+                for status, number in sorted(counts.statuses.items())
+            )
+        for name in ("queue", "compute"):
+            lines.append(f"# TYPE edge_agent_infer_{name}_seconds_total counter")
+            lines.extend(
+                f"edge_agent_infer_{name}_seconds_total{{{labels}}} {getattr(counts, name + '_ns') / 1e9:.9g}"
+                for labels, counts in rows
+            )
+        lines.append("# TYPE edge_agent_infer_duration_seconds histogram")
+        for labels, counts in rows:
+            lines.extend(_histogram(labels, counts))
+        return lines
+
+
+def _histogram(labels: str, counts: _Counts) -> list[str]:
+    lines, running = [], 0
+    for bound, number in zip((*map(str, BOUNDS), "+Inf"), counts.buckets, strict=True):
+        running += number
+        lines.append(f'edge_agent_infer_duration_seconds_bucket{{{labels},le="{bound}"}} {running}')
+    lines.append(f"edge_agent_infer_duration_seconds_sum{{{labels}}} {counts.success_ns / 1e9:.9g}")
+    lines.append(f"edge_agent_infer_duration_seconds_count{{{labels}}} {running}")
+    return lines
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _triton(model: str, version: str, counts: _Counts) -> dict[str, Any]:
+    """Field names of Triton's statistics extension; what is not measured apart here is left out."""
+
+    def duration(count: int, ns: int) -> dict[str, int]:
+        return {"count": count, "ns": ns}
+
+    return {
+        "name": model,
+        "version": version,
+        "last_inference": counts.last_ms,
+        "inference_count": counts.success,
+        "execution_count": counts.success - counts.cache_hits,
+        "inference_stats": {
+            "success": duration(counts.success, counts.success_ns),
+            "fail": duration(counts.fail, counts.fail_ns),
+            "queue": duration(counts.success, counts.queue_ns),
+            "compute_infer": duration(counts.success - counts.cache_hits, counts.compute_ns),
+            "cache_hit": duration(counts.cache_hits, 0),
+        },
+        "batch_stats": [],
+    }
