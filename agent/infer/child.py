@@ -8,12 +8,14 @@ and nothing that it says is trusted beyond being numbers.
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
     from agent.infer.runtimes.base import Session
 
-_ROWS_A_RUN = 8
+#: Timed runs take these in turn: enough to vary the input, few enough to hold.
+_MOST_EXAMPLES = 16
 
 
 @dataclass(slots=True)
@@ -93,20 +96,18 @@ class Child:
             except PeerError as error:  # made-up inputs may be nonsense to this model: that is a note, no verdict
                 return {"agreement": None, "note": str(error)}
             return {"agreement": None}
-        import numpy as np  # noqa: PLC0415 - imported inside the confinement
+        from agent.bundles.agreement import DisagreementError, agreement, join  # noqa: PLC0415 - imports numpy
 
-        from agent.bundles.agreement import agreement  # noqa: PLC0415 - as above
-
-        golden = self._golden()
-        names = list(golden.outputs)
-        answers: dict[str, list[Any]] = {name: [] for name in names}
-        for start in range(0, golden.count, self._rows(bench.session)):
-            rows = slice(start, start + self._rows(bench.session))
-            inputs = {name: array[rows] for name, array in golden.inputs.items()}
-            for name, answer in zip(names, bench.session.run(inputs, names), strict=True):
-                answers[name].append(answer)
-        got = {name: np.concatenate(parts) for name, parts in answers.items()}
-        return {"agreement": agreement(request["metric"], golden.outputs, got), "examples": golden.count}
+        golden, names = self._golden(), list(self._golden().outputs)
+        answers = [
+            dict(zip(names, bench.session.run(example, names), strict=True))
+            for example in golden.examples(bench.session.inputs)
+        ]
+        try:
+            value = agreement(request["metric"], golden.outputs, join(answers))
+        except DisagreementError as error:
+            return {"agreement": None, "disagrees": str(error)}
+        return {"agreement": value if math.isfinite(value) else None, "examples": golden.count}
 
     def round(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Timed runs for about ``seconds``, at least ``least`` of them: every time in ms."""
@@ -140,27 +141,12 @@ class Child:
             self._golden_set = load_golden(self._golden_descriptor)
         return self._golden_set
 
-    def _rows(self, session: Session) -> int:
-        """Examples in one run: several where every input's first axis is free, else as many as the model insists on."""
-        firsts = {spec.shape[0] for spec in session.inputs if not spec.optional and spec.shape}
-        if firsts == {-1}:
-            return _ROWS_A_RUN
-        fixed = firsts - {-1}
-        return max(1, fixed.pop()) if len(fixed) == 1 else 1
-
     def _examples(
         self, session: Session, shapes: Mapping[str, list[int]]
     ) -> tuple[list[Mapping[str, NDArray[Any]]], bool]:
         if self._golden_descriptor is None:
             return [made_up_inputs(session, shapes)], True
-        golden = self._golden()
-        rows = self._rows(session)
-        rows = 1 if rows == _ROWS_A_RUN else rows
-        count = max(1, min(16, golden.count // rows))
-        return [
-            {name: array[index * rows : (index + 1) * rows] for name, array in golden.inputs.items()}
-            for index in range(count)
-        ], False
+        return list(islice(self._golden().examples(session.inputs), _MOST_EXAMPLES)), False
 
 
 def made_up_inputs(session: Session, shapes: Mapping[str, list[int]]) -> dict[str, NDArray[Any]]:

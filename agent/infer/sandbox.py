@@ -26,7 +26,6 @@ from pathlib import Path
 from agent.base.errors import UnsupportedError
 
 _PR_SET_PDEATHSIG = 1
-_PR_SET_DUMPABLE = 4
 _PR_SET_SECCOMP = 22
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_MODE_FILTER = 2
@@ -75,11 +74,6 @@ def landlock_abi() -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     version = libc.syscall(_SYS_LANDLOCK_CREATE, None, ctypes.c_size_t(0), _LANDLOCK_CREATE_RULESET_VERSION)
     return max(0, int(version))
-
-
-def forbid_inspection() -> None:
-    """Make this process non-dumpable: a process of the same uid can neither attach to it nor read its memory."""
-    _prctl(ctypes.CDLL(None, use_errno=True), _PR_SET_DUMPABLE, 0)
 
 
 def interpreter_folders() -> tuple[Path, ...]:

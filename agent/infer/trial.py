@@ -54,7 +54,10 @@ class TrialPlan:
     cpus: tuple[int, ...] = ()
     open_golden: Callable[[], OpenModel] | None = None
     metric: str | None = None
+    threshold: float = 0.0
     passes: Callable[[float], bool] = lambda value: True
+    #: Says how a loaded model's signature departs from the manifest's; empty when it does not.
+    departs: Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], str] = lambda inputs, outputs: ""
     shapes: Mapping[str, list[int]] = field(default_factory=dict)
     round_s: float = 0.04
     least_runs: int = 3
@@ -62,6 +65,7 @@ class TrialPlan:
     least_rounds: int = 12
     most_rounds: int = 48
     load_timeout_s: float = 120.0
+    check_timeout_s: float = 300.0
     run_timeout_s: float = 60.0
 
 
@@ -131,20 +135,30 @@ class Trial:
         plan = self._plan
         with self._rejecting(contest):
             child = self._start(contest)
-            answer = child.call("check", plan.run_timeout_s, metric=plan.metric)
-            agreement = answer.get("agreement")
-            if note := answer.get("note"):
-                contest.notes.append(f"made-up inputs were refused: {note}"[:300])
-            if agreement is not None:
-                contest.agreement = float(agreement)
-                if not plan.passes(contest.agreement):
-                    contest.rejection = (
-                        "disagreement",
-                        f"disagrees with the golden set: {plan.metric} {contest.agreement:.4g}",
-                    )
+            if contest.rejection is None:
+                self._judge(contest, child.call("check", plan.check_timeout_s, metric=plan.metric))
             contest.peak_mb = float(child.call("memory", plan.run_timeout_s)["peak_mb"])
         if not contest.runs or self._held_mb() > plan.headroom_mb:
             self._leave(contest)
+
+    def _judge(self, contest: _Contest, answer: Mapping[str, Any]) -> None:
+        """Take the golden check's answer: a value that passes, or a rejection."""
+        plan = self._plan
+        if note := answer.get("note"):
+            contest.notes.append(f"made-up inputs were refused: {note}"[:300])
+        if plan.open_golden is None:
+            return
+        value = answer.get("agreement")
+        if value is None:
+            reason = answer.get("disagrees") or "its answers are not finite numbers"
+            contest.rejection = ("disagreement", f"disagrees with the golden set: {reason}"[:300])
+            return
+        contest.agreement = float(value)
+        if not plan.passes(contest.agreement):
+            text = (
+                f"disagrees with the golden set: {plan.metric} {contest.agreement:.4g}, {plan.threshold:g} is asked for"
+            )
+            contest.rejection = ("disagreement", text)
 
     def _start(self, contest: _Contest) -> ChildProcess:
         """A fresh child with the candidate loaded in it."""
@@ -181,6 +195,8 @@ class Trial:
         contest.load_ms = load_ms if contest.load_ms is None else min(contest.load_ms, load_ms)
         if answer["provider"] != key.provider:
             contest.rejection = ("load", f"asked for {key.provider}, the runtime took {answer['provider']}")
+        if reason := plan.departs(answer["inputs"], answer["outputs"]):
+            contest.rejection = ("load", reason)
         return child
 
     def _leave(self, contest: _Contest) -> None:

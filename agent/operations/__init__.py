@@ -1,0 +1,1 @@
+"""What the agent does on command: install, choose, activate, remove, maintain. Blocking: run in a worker thread."""

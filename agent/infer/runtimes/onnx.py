@@ -7,6 +7,7 @@ Idle spinning is off, since it costs half a core at ten requests a second.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ class OnnxRuntime:
     name = "onnx"
 
     def __init__(self) -> None:
+        # Newer releases would otherwise keep a device id and a database of events in the home folder.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
             import onnxruntime  # noqa: PLC0415 - imported at first use: it costs 30 MB and 0.1 s
         except ImportError as error:

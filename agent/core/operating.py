@@ -1,0 +1,91 @@
+"""The bridge between the event loop and the blocking operations.
+
+Operations run one at a time in a thread of their own, so that the catalog has one writer and trials never compete; what
+they ask of the serving side is done on the event loop's thread, which alone changes the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from agent.base.errors import TryLaterError
+
+_T = TypeVar("_T")
+#: Operations that may wait for their turn; each holds a connection and perhaps a descriptor.
+_MOST_WAITING = 16
+
+Progress = Callable[[Mapping[str, Any]], None]
+
+
+class Operations:
+    """Runs blocking work one piece at a time. ``start`` and ``run`` are for the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="operation")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting = 0
+        self._doing = ""
+        self._since = 0.0
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Remember the loop on which the serving side lives."""
+        self._loop = loop
+
+    @property
+    def under_way(self) -> dict[str, Any] | None:
+        """What is being done now and for how many seconds, for ``status``."""
+        if not self._doing:
+            return None
+        return {"operation": self._doing, "seconds": round(time.monotonic() - self._since, 1)}
+
+    async def run(self, name: str, work: Callable[[Progress], _T], progress: Progress) -> _T:
+        """Do ``work`` when its turn comes; its progress arrives on this thread. TryLaterError when too many wait.
+
+        A caller that goes away does not stop the work: half an installation helps nobody.
+        """
+        if self._waiting >= _MOST_WAITING:
+            raise TryLaterError(f"cannot start {name}: {self._waiting} operations are waiting already")
+        loop = asyncio.get_running_loop()
+
+        def tell(event: Mapping[str, Any]) -> None:
+            loop.call_soon_threadsafe(progress, event)
+
+        def named() -> _T:
+            self._doing, self._since = name, time.monotonic()
+            try:
+                return work(tell)
+            finally:
+                self._doing = ""
+
+        self._waiting += 1
+        future = loop.run_in_executor(self._executor, named)
+        future.add_done_callback(self._done)
+        return await asyncio.shield(future)
+
+    def _done(self, future: asyncio.Future[Any]) -> None:
+        self._waiting -= 1
+        if not future.cancelled():
+            future.exception()  # seen, also when the caller went away
+
+    def on_loop(self, work: Callable[[], _T]) -> _T:
+        """From the operations' thread: do ``work`` on the event loop's thread and wait for its result."""
+
+        async def call() -> _T:
+            return work()
+
+        return self.await_on_loop(call())
+
+    def await_on_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """From the operations' thread: run a coroutine on the event loop's thread and wait for its result."""
+        if self._loop is None:
+            work.close()
+            raise TryLaterError("cannot reach the serving side: it has not started")
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        """Wait for what is under way; what waits is not started."""
+        self._executor.shutdown(wait=True, cancel_futures=True)

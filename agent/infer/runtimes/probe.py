@@ -1,0 +1,88 @@
+"""Which runtimes work here: each is imported in a confined child first, since an import may crash (SIGILL on a Pi)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+
+from agent.base.errors import UnsupportedError
+from agent.infer.children import ChildError, ChildLimits, ChildProcess
+from agent.infer.runtimes.base import Runtime, load_runtime
+
+#: Runtime -> distributions that may bring it; builds for Jetson or GPUs carry names of their own.
+DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
+    "onnx": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-qnn", "onnxruntime-directml"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeState:
+    """A runtime as it was found: version and providers, or the reason why it cannot be used."""
+
+    name: str
+    version: str = ""
+    providers: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def usable(self) -> bool:
+        return not self.reason
+
+
+def installed_version(name: str) -> str | None:
+    """The version of the installed distribution by its metadata, without importing it."""
+    for distribution in DISTRIBUTIONS[name]:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def probe_runtime(name: str) -> RuntimeState:
+    """Import the runtime in a child and ask it. Never raises for a runtime that is missing or broken."""
+    if installed_version(name) is None and not _importable(name):
+        return RuntimeState(name, reason="not installed")
+    try:
+        with ChildProcess({"model": None, "golden": None}, ChildLimits(memory_mb=512)) as child:
+            child.greet()
+            answer = child.call("prepare", 60, runtime=name)
+    except ChildError as error:
+        return RuntimeState(name, version=installed_version(name) or "", reason=f"import failed: {error}")
+    return RuntimeState(name, str(answer["version"]), tuple(str(provider) for provider in answer["providers"]))
+
+
+def _importable(name: str) -> bool:
+    from importlib.util import find_spec  # noqa: PLC0415 - only for builds without metadata
+
+    return find_spec({"onnx": "onnxruntime"}[name]) is not None
+
+
+class Runtimes:
+    """The runtimes of this process: probed once each, imported at first use."""
+
+    def __init__(self, probe: Callable[[str], RuntimeState] = probe_runtime) -> None:
+        self._probe = probe
+        self._states: dict[str, RuntimeState] = {}
+        self._loaded: dict[str, Runtime] = {}
+
+    def states(self) -> dict[str, RuntimeState]:
+        """Every runtime that the agent knows, probed now where it has not been yet (up to a second each)."""
+        return {name: self.state(name) for name in DISTRIBUTIONS}
+
+    def state(self, name: str) -> RuntimeState:
+        """One runtime's state."""
+        if name not in self._states:
+            known = name in DISTRIBUTIONS
+            self._states[name] = self._probe(name) if known else RuntimeState(name, reason="not supported")
+        return self._states[name]
+
+    def load(self, name: str) -> Runtime:
+        """The imported runtime; UnsupportedError with the reason where the probe failed."""
+        if name not in self._loaded:
+            state = self.state(name)
+            if not state.usable:
+                raise UnsupportedError(f"cannot load runtime '{name}': {state.reason}")
+            self._loaded[name] = load_runtime(name)
+        return self._loaded[name]

@@ -1,0 +1,280 @@
+"""Choosing the variant of a version for this device: filter, rank, try, decide.
+
+The decisions are ``agent.selection``'s; here they meet the device: what is installed, what memory is free, what the
+trial measured. Measurements whose key still holds are not repeated unless they must be compared with new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from agent.bundles.agreement import passes
+from agent.bundles.manifest import Manifest, TensorSpec
+from agent.hardware.facts import Facts
+from agent.hardware.profiles import Profile
+from agent.infer.tensors import fits
+from agent.infer.trial import Entrant, Surroundings, Trial, TrialPlan
+from agent.operations.shelving import OpenBlob
+from agent.selection.choice import Decision, choose, contenders, more_rounds_needed
+from agent.selection.explanation import explain
+from agent.selection.inventory import RuntimeInventory
+from agent.selection.measurements import Measurement, MeasurementKey, estimated_joules, measurement_key
+from agent.selection.prior import Prior, rank_by_prior
+from agent.selection.quarantine import Death, QuarantineState
+from agent.selection.rules import Candidate, Verdict, accepted, candidates
+from agent.store.document import BlobRef
+
+Progress = Callable[[Mapping[str, Any]], None]
+
+#: Device nodes that a trial child on an accelerator may open.
+_DEVICES: Mapping[str, tuple[str, ...]] = {
+    "CUDAExecutionProvider": ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvhost-gpu", "/dev/nvmap"),
+    "TensorrtExecutionProvider": ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvhost-gpu", "/dev/nvmap"),
+    "OpenVINOExecutionProvider": ("/dev/dri/renderD128",),
+}
+#: Failures that count for quarantine.
+_DEATHS: Mapping[str, Death] = {"crash": "crash", "hang": "hang", "memory": "memory"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was decided. ``document`` holds ``order`` (candidate ids, best first) and ``explain``."""
+
+    chosen: str | None
+    document: dict[str, Any]
+    measurements: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quarantine: dict[str, dict[str, Any]] = field(default_factory=dict)
+    why: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What earlier trials of the version left: measurements and quarantine by candidate id."""
+
+    measurements: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    quarantine: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSettings:
+    """The configuration's part of a trial plan."""
+
+    candidates: int
+    least_rounds: int
+    most_rounds: int
+    timeout_s: float
+    memory_mb: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """The device as the choice needs it; the callables answer for the moment of the call."""
+
+    facts: Facts
+    profile: Profile
+    threads: int
+    cpus: tuple[int, ...]
+    inventory: Callable[[], RuntimeInventory]
+    headroom_mb: Callable[[], int]
+    power_mode: Callable[[], str | None]
+
+
+#: (manifest, blobs, what is known, shapes for made-up inputs, progress) -> choice
+ChooseVariant = Callable[[Manifest, Mapping[str, BlobRef], Known, Mapping[str, list[int]], Progress], Choice]
+
+
+class VariantChooser:
+    """Chooses by measuring. Blocking; one at a time."""
+
+    def __init__(self, device: DeviceView, open_blob: OpenBlob, settings: TrialSettings, around: Surroundings) -> None:
+        self._device = device
+        self._open = open_blob
+        self._settings = settings
+        self._around = around
+
+    def __call__(
+        self,
+        manifest: Manifest,
+        blobs: Mapping[str, BlobRef],
+        known: Known,
+        shapes: Mapping[str, list[int]],
+        progress: Progress,
+    ) -> Choice:
+        """See ``ChooseVariant``. Never raises for a candidate's fault: it becomes a row with its reason."""
+        device = self._device
+        inventory = device.inventory()
+        headroom = device.headroom_mb()
+        quarantine = QuarantineState.from_json(dict(known.quarantine))
+        keys = {
+            candidate.id: self._key(candidate, inventory, manifest)
+            for candidate in (v.candidate for v in self._verdicts(manifest, inventory, headroom, {}))
+        }
+        dead = {name: reason for name, key in keys.items() if (reason := quarantine.reason(name, key))}
+        verdicts = self._verdicts(manifest, inventory, headroom, dead)
+        priors = rank_by_prior(accepted(verdicts), device.facts, device.profile)
+        measurements = self._measure(manifest, blobs, priors, keys, known, shapes, headroom, progress)
+        decision = choose(manifest.policy, measurements, priors)
+        document = explain(manifest, verdicts, priors, decision, device.facts, device.profile)
+        return Choice(
+            chosen=decision.winner,
+            document={"order": _order(decision, priors), "explain": document},
+            measurements={m.candidate_id: m.to_json() for m in measurements},
+            quarantine=_counted(quarantine, measurements).to_json(),
+            why=_why_not(decision, verdicts),
+            hint="edge-agent models check FILE shows what each variant needs",
+        )
+
+    def _verdicts(
+        self, manifest: Manifest, inventory: RuntimeInventory, headroom: int, dead: Mapping[str, str]
+    ) -> tuple[Verdict, ...]:
+        device = self._device
+        return candidates(manifest, device.facts, device.profile.providers, inventory, headroom, dead)
+
+    # -- measuring ------------------------------------------------------------------------------------------------
+
+    def _measure(
+        self,
+        manifest: Manifest,
+        blobs: Mapping[str, BlobRef],
+        priors: Sequence[Prior],
+        keys: Mapping[str, MeasurementKey],
+        known: Known,
+        shapes: Mapping[str, list[int]],
+        headroom: int,
+        progress: Progress,
+    ) -> list[Measurement]:
+        """Trials of the best candidates by prior; all of them anew when one has no valid measurement."""
+        tried = [prior.candidate for prior in priors][: self._settings.candidates]
+        kept = [_kept(known.measurements.get(candidate.id), keys[candidate.id]) for candidate in tried]
+        valid = [measurement for measurement in kept if measurement is not None]
+        if tried and len(valid) == len(tried) and not shapes:
+            return valid
+        plan = self._plan(manifest, blobs, shapes, headroom)
+        entrants = [self._entrant(candidate, keys[candidate.id], manifest, blobs) for candidate in tried]
+        trial = Trial(entrants, plan, replace(self._around, progress=progress))
+
+        def still_needed(measured: Sequence[Measurement], done: int, most: int) -> Collection[str]:
+            if not more_rounds_needed(measured, done, most, manifest.policy, priors):
+                return ()
+            return contenders(manifest.policy, measured, priors)
+
+        return [self._with_energy(measurement) for measurement in trial.run(still_needed)]
+
+    def _plan(
+        self, manifest: Manifest, blobs: Mapping[str, BlobRef], shapes: Mapping[str, list[int]], headroom: int
+    ) -> TrialPlan:
+        settings, golden = self._settings, manifest.golden
+        plan = TrialPlan(
+            memory_mb=min(settings.memory_mb or headroom, headroom),
+            headroom_mb=headroom,
+            cpus=self._device.cpus,
+            shapes=shapes,
+            least_rounds=settings.least_rounds,
+            most_rounds=settings.most_rounds,
+            load_timeout_s=settings.timeout_s,
+            check_timeout_s=settings.timeout_s * 2,
+            run_timeout_s=settings.timeout_s,
+            departs=lambda inputs, outputs: departure(manifest, inputs, outputs),
+        )
+        if golden is None:
+            return plan
+        ref = blobs[golden.file.name]
+        return replace(
+            plan,
+            open_golden=lambda: self._open(ref),
+            metric=golden.metric,
+            threshold=golden.threshold,
+            passes=lambda value: passes(golden, value),
+        )
+
+    def _entrant(
+        self, candidate: Candidate, key: MeasurementKey, manifest: Manifest, blobs: Mapping[str, BlobRef]
+    ) -> Entrant:
+        variant = manifest.variant(candidate.variant_id)
+        ref = blobs[variant.file.name]
+        devices = _DEVICES.get(candidate.provider, ())
+        return Entrant(candidate.id, key, lambda: self._open(ref), devices, variant.parameters)
+
+    def _key(self, candidate: Candidate, inventory: RuntimeInventory, manifest: Manifest) -> MeasurementKey:
+        device, installed = self._device, inventory.get(candidate.runtime)
+        return measurement_key(
+            variant_digest=candidate.digest,
+            runtime=candidate.runtime,
+            runtime_version=installed.version if installed else "",
+            provider=candidate.provider,
+            threads=device.threads,
+            features=device.facts.features,
+            power_mode=device.power_mode(),
+            golden_digest=manifest.golden.file.sha256 if manifest.golden else None,
+        )
+
+    def _with_energy(self, measurement: Measurement) -> Measurement:
+        """Joules estimated from the profile's watts where no sensor told."""
+        watts = self._device.profile.watts_load
+        if measurement.joules is not None or watts is None or not measurement.p50_ms:
+            return measurement
+        joules = estimated_joules(watts, measurement.p50_ms)
+        return replace(measurement, joules=joules, energy_source="estimated")
+
+
+def departure(manifest: Manifest, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> str:
+    """How a loaded model's signature departs from the manifest's; empty when it does not. Pure."""
+    for what, said, seen in (("input", manifest.inputs, inputs), ("output", manifest.outputs, outputs)):
+        have = {spec.name: spec for spec in map(TensorSpec.model_validate, seen)}
+        for spec in said:
+            other = have.pop(spec.name, None)
+            if other is None:
+                if spec.optional:
+                    continue
+                return f"{what} '{spec.name}' of the manifest is not in the file"
+            if other.datatype != spec.datatype:
+                return f"{what} '{spec.name}' is {other.datatype} in the file, {spec.datatype} in the manifest"
+            if what == "input" and not spec.any_rank and not other.any_rank and not _compatible(spec, other):
+                return f"{what} '{spec.name}' is {list(other.shape)} in the file, {list(spec.shape)} in the manifest"
+        if what == "input" and (extra := [spec.name for spec in have.values() if not spec.optional]):
+            return f"input '{extra[0]}' of the file is not in the manifest"
+    return ""
+
+
+def _compatible(said: TensorSpec, seen: TensorSpec) -> bool:
+    """Whether whatever fits the manifest fits the file: free in the file, or the same fixed size."""
+    return fits(seen, tuple(-1 if axis == -1 else axis for axis in said.shape))
+
+
+def _kept(document: Mapping[str, Any] | None, key: MeasurementKey) -> Measurement | None:
+    if document is None:
+        return None
+    measurement = Measurement.from_json(dict(document))
+    return (
+        measurement if measurement.holds_for(key) and measurement.failure not in ("crash", "hang", "memory") else None
+    )
+
+
+def _counted(before: QuarantineState, measurements: Sequence[Measurement]) -> QuarantineState:
+    """The state after this trial's crashes, hangs and memory kills."""
+    state = before
+    for measurement in measurements:
+        death = _DEATHS.get(measurement.failure or "")
+        if death is not None:
+            state = state.after(measurement.candidate_id, measurement.key, death)
+    return state
+
+
+def _order(decision: Decision, priors: Sequence[Prior]) -> list[str]:
+    """Who answers, and who answers when that fails: winner, then who was tried and right, then who was not tried."""
+    lost = [row for row in decision.rows if row.status == "lost"]
+    lost.sort(key=lambda row: (row.measurement.p50_ms or float("inf")) if row.measurement else float("inf"))
+    untried = [row.candidate_id for row in decision.rows if row.status == "untried"]
+    return [*([decision.winner] if decision.winner else []), *(row.candidate_id for row in lost), *untried]
+
+
+def _why_not(decision: Decision, verdicts: Sequence[Verdict]) -> str:
+    """Why nothing was chosen: each candidate's own reason."""
+    if decision.winner is not None:
+        return ""
+    lines = [f"{v.candidate.id}: {', '.join(v.reasons)}" for v in verdicts if not v.accepted]
+    lines += [f"{row.candidate_id}: {', '.join(row.reasons)}" for row in decision.rows if row.reasons]
+    return "no variant can run here: " + "; ".join(lines) if lines else "it has no variant for this device"

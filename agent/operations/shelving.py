@@ -1,0 +1,80 @@
+"""The catalog as the engine's shelf. Pure but for the callables that open blobs.
+
+Options stand in the order of the choice; a variant whose blob is damaged is left out, so that the
+next one answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from agent.infer.shelf import Option, Served, Shelf
+from agent.infer.trial import OpenModel
+from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
+
+OpenBlob = Callable[[BlobRef], OpenModel]
+#: Memory of a loaded model whose peak was never measured, as a multiple of its file: weights, packed weights, arena.
+UNMEASURED_FACTOR = 3.0
+UNMEASURED_MB = 8.0
+
+
+def shelf_from(document: CatalogDocument, open_blob: OpenBlob, threads: int) -> Shelf:
+    """Everything that is installed. ``threads``: of one run, where nothing was measured."""
+    versions = {
+        (name, version): _served(name, version, entry, open_blob, threads)
+        for name, model in document.models.items()
+        for version, entry in model.versions.items()
+    }
+    active = {name: model.active for name, model in document.models.items() if model.active is not None}
+    return Shelf(versions, active)
+
+
+def order_of(entry: VersionEntry) -> list[str]:
+    """Candidate ids of a version, best first."""
+    order = (entry.choice or {}).get("order", [])
+    return [str(candidate) for candidate in order] if isinstance(order, list) else []
+
+
+def active_entry(model: ModelEntry) -> VersionEntry | None:
+    """The entry of the active version."""
+    return model.versions.get(model.active) if model.active is not None else None
+
+
+def _served(name: str, version: str, entry: VersionEntry, open_blob: OpenBlob, threads: int) -> Served:
+    manifest = entry.manifest
+    options, missing = [], []
+    for candidate in order_of(entry):
+        variant_id, _, provider = candidate.partition("@")
+        variant = manifest.variant(variant_id)
+        ref = entry.blobs.get(variant.file.name)
+        if ref is None or variant.file.name in entry.damaged:
+            missing.append(f"{variant_id} is damaged or missing")
+            continue
+        measured: dict[str, Any] = entry.measurements.get(candidate, {})
+        key = measured.get("key") or {}
+        options.append(
+            Option(
+                candidate=candidate,
+                variant=variant_id,
+                runtime=variant.runtime,
+                provider=provider,
+                threads=int(key.get("threads", threads)),
+                need_mb=_need_mb(measured, ref),
+                open_model=partial(open_blob, ref),
+                p95_ms=measured.get("p95_ms"),
+                parameters=variant.parameters,
+                digest=ref.payload,
+            )
+        )
+    reason = "" if options else "; ".join(missing) or "no variant was accepted on this device"
+    return Served(
+        name, version, manifest.inputs, manifest.outputs, tuple(options), reason, manifest.labels, manifest.task
+    )
+
+
+def _need_mb(measured: dict[str, Any], ref: BlobRef) -> float:
+    peak = measured.get("peak_mb")
+    size_mb = ref.size / (1 << 20)
+    return float(peak) if isinstance(peak, (int, float)) and peak > 0 else UNMEASURED_MB + UNMEASURED_FACTOR * size_mb
