@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +27,13 @@ from agent.store.stream import CHUNK_BYTES, NONCE_BYTES, SEALED_CHUNK_BYTES, Byt
 Step = Callable[[str], None]
 
 #: Chunks decrypted per read and write: few enough for the second-level cache of small boards.
-_BATCH = 4
+_BATCH = 2
 _HASH_BYTES = 1 << 20
+_ZEROS = bytes(CHUNK_BYTES)
+
+#: Buffers of readers that are done, plaintext zeroed: fresh ones would cost a small blob more than its cipher does.
+_MAX_SPARE = 4
+_spare: list[tuple[memoryview, memoryview]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +113,11 @@ class Blobs:
     def decrypt(self, payload: str, payload_size: int, file_key: bytes) -> Plaintext:
         """The plaintext in memory. Raises AgeError, and what ``memory.hold`` raises."""
         size = stream.plaintext_size(payload_size)
-        with self._open(payload, payload_size) as fd:
-            return hold(_decrypted(fd, payload_size, file_key), size)
+        with (
+            self._open(payload, payload_size) as fd,
+            contextlib.closing(_decrypted(fd, payload_size, file_key)) as pieces,
+        ):
+            return hold(pieces, size)
 
     def check(self, payload: str, payload_size: int, progress: Callable[[int], None]) -> None:
         """Hash a payload; AgeError unless it is what its name says. ``progress`` is told each number of bytes read."""
@@ -192,22 +200,34 @@ def pieces_of(fd: int, size: int = 1 << 20) -> Iterator[bytes]:
         yield piece
 
 
-def _decrypted(fd: int, payload_size: int, file_key: bytes) -> Iterator[memoryview]:
+def _decrypted(fd: int, payload_size: int, file_key: bytes) -> Generator[memoryview, None, None]:
     """Authentic plaintext in order, in a buffer that is used again. Zeroed at the end, however it ends."""
     nonce = bytearray(NONCE_BYTES)
     _pread_fully(fd, memoryview(nonce), 0)
     chunks = stream.Chunks(file_key, bytes(nonce))
     total = max(1, -(-(payload_size - NONCE_BYTES) // SEALED_CHUNK_BYTES))
-    sealed, plain = memoryview(bytearray(_BATCH * SEALED_CHUNK_BYTES)), memoryview(bytearray(_BATCH * CHUNK_BYTES))
+    sealed, plain = _take_buffers()
     offset = NONCE_BYTES
+    used = 0
     try:
         for first in range(0, total, _BATCH):
             length = min(len(sealed), payload_size - offset)
             _pread_fully(fd, sealed[:length], offset)
             offset += length
+            used = max(used, length)
             yield plain[: _open_batch(chunks, first, total, sealed[:length], plain)]
     finally:
-        plain[:] = bytes(len(plain))
+        for start in range(0, used, CHUNK_BYTES):
+            plain[start : start + CHUNK_BYTES] = _ZEROS[: len(plain) - start]
+        if len(_spare) < _MAX_SPARE:
+            _spare.append((sealed, plain))
+
+
+def _take_buffers() -> tuple[memoryview, memoryview]:
+    try:
+        return _spare.pop()
+    except IndexError:
+        return memoryview(bytearray(_BATCH * SEALED_CHUNK_BYTES)), memoryview(bytearray(_BATCH * CHUNK_BYTES))
 
 
 def _open_batch(chunks: stream.Chunks, first: int, total: int, sealed: memoryview, plain: memoryview) -> int:

@@ -7,13 +7,25 @@ all or nothing must wait for the end: a cut file shows only there. Source: https
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from agent.store.age import AgeError, hkdf_sha256
+from agent.store.age import (
+    FILE_KEY_BYTES,
+    MAX_HEADER_BYTES,
+    AgeError,
+    Identity,
+    Recipient,
+    hkdf_sha256,
+    open_header,
+    parse_header,
+    seal_x25519,
+    write_header,
+)
 
 Bytes = bytes | bytearray | memoryview
 
@@ -78,18 +90,25 @@ class Chunks:
 
 
 def cut(pieces: Iterable[Bytes]) -> Iterator[tuple[Bytes, bool]]:
-    """Pieces of any size as chunks of 64 KiB, each with whether it is the last. An empty source is one empty chunk."""
-    waiting = bytearray()
+    """Pieces of any size as chunks of 64 KiB, each with whether it is the last. An empty source is one empty chunk.
+
+    A chunk is valid until the next is asked for.
+    """
+    # One chunk is held back: only at the end is it known whether it was the last.
+    held = bytearray()
     for piece in pieces:
-        waiting += piece
-        # One chunk is held back: only at the end is it known whether it was the last.
-        whole = max(0, (len(waiting) - 1) // CHUNK_BYTES)
-        if whole:
-            view = bytes(waiting[: whole * CHUNK_BYTES])
-            del waiting[: whole * CHUNK_BYTES]
-            for index in range(whole):
-                yield memoryview(view)[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES], False
-    yield bytes(waiting), True
+        rest = memoryview(piece).cast("B")
+        while rest:
+            if len(held) == CHUNK_BYTES:
+                yield bytes(held), False
+                held.clear()
+            while not held and len(rest) > CHUNK_BYTES:
+                yield rest[:CHUNK_BYTES], False
+                rest = rest[CHUNK_BYTES:]
+            room = CHUNK_BYTES - len(held)
+            held += rest[:room]
+            rest = rest[room:]
+    yield bytes(held), True
 
 
 def encrypt(file_key: bytes, nonce: bytes, pieces: Iterable[Bytes]) -> Iterator[bytes]:
@@ -115,6 +134,25 @@ def decrypt(file_key: bytes, read: Callable[[int], bytes]) -> Iterator[bytes]:
             return
         sealed = following
         index += 1
+
+
+def encrypt_file(
+    recipients: Iterable[Recipient], pieces: Iterable[Bytes], random: Callable[[int], bytes]
+) -> Iterator[bytes]:
+    """A whole age file for ``recipients``, header first; ``random(n)`` gives n fresh random bytes."""
+    file_key = random(FILE_KEY_BYTES)
+    stanzas = [seal_x25519(file_key, recipient, random(32)) for recipient in recipients]
+    yield write_header(stanzas, file_key)
+    yield from encrypt(file_key, random(NONCE_BYTES), pieces)
+
+
+def decrypt_file(identities: Iterable[Identity], read: Callable[[int], bytes]) -> Iterator[bytes]:
+    """The plaintext of a whole age file, chunk by chunk; ``read`` as for ``decrypt``. Raises AgeError."""
+    start = _read_fully(read, MAX_HEADER_BYTES)
+    header = parse_header(start)
+    file_key = open_header(header, identities)
+    rest = io.BytesIO(start[header.length :])
+    yield from decrypt(file_key, lambda count: rest.read(count) or read(count))
 
 
 def _read_fully(read: Callable[[int], bytes], size: int) -> bytes:

@@ -47,9 +47,9 @@ def test_the_plaintext_is_sealed_and_opens_by_path(store: Store) -> None:
     (ref,) = install(store, "digits", "1.0.0", {"model.onnx": b"w" * 100_000})
     with store.read(ref) as plaintext:
         assert Path(plaintext.path).read_bytes() == b"w" * 100_000
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="Bad file descriptor"):
             os.write(plaintext.fd, b"x")
-        with pytest.raises(OSError):
+        with pytest.raises(PermissionError):
             os.truncate(plaintext.path, 0)
         with plaintext.view() as view:
             assert view[:3] == b"www"
@@ -138,7 +138,7 @@ def test_damage_is_refused_marked_and_healed_by_verify(store: Store) -> None:
     path = store.root / "blobs" / ref.payload
     good = path.read_bytes()
     path.write_bytes(good[:100_000] + bytes([good[100_000] ^ 1]) + good[100_001:])
-    with pytest.raises(DamagedError, match="model.onnx"):
+    with pytest.raises(DamagedError, match=r"model\.onnx"):
         store.read(ref)
     assert store.document.models["digits"].versions["1.0.0"].damaged == ("model.onnx",)
     report = store.verify()
