@@ -27,7 +27,7 @@ Read = Callable[[str], Unit]
 def verify(machine: Path) -> str:
     """Everything that ``systemd-analyze verify`` complains about; its exit status does not tell all of it."""
     done = subprocess.run(
-        ["systemd-analyze", "verify", f"--root={machine}", "--man=no", "--recursive-errors=no", *ALL],
+        ["systemd-analyze", "verify", f"--root={machine}", "--man=no", *ALL],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     return done.stdout + (f"exit status {done.returncode}" if done.returncode else "")
