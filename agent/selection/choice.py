@@ -11,58 +11,28 @@ exclude, and when they exclude all there is no winner.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from agent.bundles.manifest import Policy
+from agent.selection.criteria import (
+    CHAINS,
+    STEPS,
+    Contestant,
+    Criterion,
+    Gap,
+    QualityValue,
+    compare_latency,
+    contestants,
+    give_qualities,
+    limits_broken,
+)
 from agent.selection.measurements import Measurement
-from agent.selection.noise import Comparison, compare_rounds, compare_unpaired
+from agent.selection.noise import Comparison
 from agent.selection.prior import Prior
 
-Criterion = Literal["latency", "accuracy", "energy", "memory"]
-
-#: What decides when the criterion before it is a tie. Accuracy follows latency since among equally fast variants there
-#: is no reason for the worse answer; energy is last where it is mostly latency seen through an estimate.
-CHAINS: dict[str, tuple[Criterion, ...]] = {
-    "latency": ("latency", "accuracy", "memory", "energy"),
-    "accuracy": ("accuracy", "latency", "memory", "energy"),
-    "energy": ("energy", "latency", "accuracy", "memory"),
-    "memory": ("memory", "latency", "accuracy", "energy"),
-}
-
-#: Relative differences that no repetition confirms: allocator and page granularity, a sensor's resolution.
-MEMORY_FLOOR, MEMORY_FLOOR_MB = 0.03, 1.0
-ENERGY_FLOOR = 0.04
-#: A quality is compared as measured or declared; only what rounding would swallow is a tie.
-QUALITY_FLOOR = 0.001
-
 Status = Literal["winner", "lost", "excluded", "rejected", "untried"]
-QualitySource = Literal["declared", "measured"]
-
-
-@dataclass(frozen=True, slots=True)
-class QualityValue:
-    """A quality, higher is better, and where it comes from. ``max_abs`` is turned round: -0.01 is better than -0.1."""
-
-    value: float
-    metric: str
-    source: QualitySource
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """How much worse than the best of its step a candidate is (``worse_by`` 0.2 = 20 %), and the noise in that."""
-
-    criterion: Criterion
-    worse_by: float
-    noise: float
-    rounds: int = 0
-
-    @property
-    def tie(self) -> bool:
-        """Whether the difference is within the noise."""
-        return self.worse_by <= self.noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,30 +72,18 @@ class Decision:
         raise KeyError(candidate_id)
 
 
-@dataclass(slots=True)
-class _Entry:
-    """A candidate while the choice is being made."""
-
-    id: str
-    measurement: Measurement
-    rank: int
-    quality: QualityValue | None = None
-    gaps: list[Gap] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
-
-
 def choose(policy: Policy, measurements: Sequence[Measurement], priors: Sequence[Prior] = ()) -> Decision:
     """The best candidate by ``policy`` among what was measured.
 
     ``priors`` is best first (``rank_by_prior``): it gives the declared qualities and breaks the last tie; candidates in
     it without a measurement become rows ``untried``. Of two measurements of one candidate the last counts.
     """
-    entries = _entries(measurements, priors)
+    entries = contestants(measurements, priors)
     running = [entry for entry in entries if entry.measurement.ok]
-    _give_qualities(running, priors)
+    give_qualities(running, priors)
     for entry in running:
-        entry.reasons.extend(_limits_broken(policy, entry))
-    allowed = [entry for entry in running if not entry.reasons]
+        entry.broken = limits_broken(policy, entry)
+    allowed = [entry for entry in running if not entry.broken]
     left, decided_by, ties = _narrow(CHAINS[policy.prefer], allowed)
     winner = left[0] if left else None
     measured = {entry.id for entry in entries}
@@ -144,69 +102,16 @@ def choose(policy: Policy, measurements: Sequence[Measurement], priors: Sequence
     )
 
 
-def _entries(measurements: Sequence[Measurement], priors: Sequence[Prior]) -> list[_Entry]:
-    """One entry a candidate, in the prior's order, then by name: the order of the input never matters."""
-    ranks = {prior.candidate.id: rank for rank, prior in enumerate(priors)}
-    latest = {measurement.candidate_id: measurement for measurement in measurements}
-    entries = [_Entry(name, measurement, ranks.get(name, len(ranks))) for name, measurement in latest.items()]
-    return sorted(entries, key=lambda entry: (entry.rank, entry.id))
-
-
-def qualities(measurements: Sequence[Measurement], priors: Sequence[Prior]) -> dict[str, QualityValue]:
-    """Comparable qualities of the accepted ``measurements`` by candidate id.
-
-    A declared quality whose metric is the golden set's is superseded by what was measured here: int8 differs between
-    processors, so the packer's figure is about another machine. Candidates are compared on one basis: the declared
-    metric that most of them have, or the measured agreement where that covers more. Who lacks it has no quality.
-    """
-    declared = {prior.candidate.id: prior.candidate.declared for prior in priors if prior.candidate.declared}
-    bases: dict[tuple[int, str], dict[str, QualityValue]] = {}
-    for measurement in measurements:
-        name, metric = measurement.candidate_id, measurement.agreement_metric
-        said = declared.get(name)
-        seen: QualityValue | None = None
-        if measurement.agreement is not None and metric:
-            value = -measurement.agreement if metric == "max_abs" else measurement.agreement
-            seen = QualityValue(value, metric, "measured")
-            bases.setdefault((1, ""), {})[name] = seen
-        if said:
-            stands = seen if seen and said.metric == metric else QualityValue(said.value, said.metric, "declared")
-            bases.setdefault((0, said.metric), {})[name] = stands
-    if not bases:
-        return {}
-    return bases[min(bases, key=lambda basis: (-len(bases[basis]), basis))]
-
-
-def _give_qualities(entries: Sequence[_Entry], priors: Sequence[Prior]) -> None:
-    known = qualities([entry.measurement for entry in entries], priors)
-    for entry in entries:
-        entry.quality = known.get(entry.id)
-
-
-def _limits_broken(policy: Policy, entry: _Entry) -> list[str]:
-    """Which hard limits of the policy this candidate breaks, in words."""
-    broken = []
-    if policy.min_quality is not None:
-        if entry.quality is None:
-            broken.append(f"quality is not known, the policy asks for at least {policy.min_quality:g}")
-        elif entry.quality.value < policy.min_quality - 1e-9:
-            broken.append(
-                f"{entry.quality.metric} {entry.quality.value:.4g} is below min_quality {policy.min_quality:g}"
-            )
-    p95 = entry.measurement.p95_ms
-    if policy.max_latency_ms is not None and p95 is not None and p95 > policy.max_latency_ms:
-        broken.append(f"p95 {p95:.3g} ms is over max_latency_ms {policy.max_latency_ms:g}")
-    return broken
-
-
-def _narrow(chain: Sequence[Criterion], entries: Sequence[_Entry]) -> tuple[list[_Entry], str, list[_Entry]]:
+def _narrow(
+    chain: Sequence[Criterion], entries: Sequence[Contestant]
+) -> tuple[list[Contestant], str, list[Contestant]]:
     """Who is left (winner first), the criterion that decided, and who was alike on the first that could tell."""
     left, ties = list(entries), list(entries)
     if len(left) <= 1:
         return left, "only" if left else "nothing", ties
     first = True
     for criterion in chain:
-        stayed = _COMPARE[criterion](left)
+        stayed = STEPS[criterion](left)
         if stayed is None:
             continue
         if first:
@@ -217,123 +122,12 @@ def _narrow(chain: Sequence[Criterion], entries: Sequence[_Entry]) -> tuple[list
     return left, "prior", ties
 
 
-def _latency_step(entries: list[_Entry]) -> list[_Entry] | None:
-    """Who is as fast as the fastest. The fastest is who has the lowest p50 and is not beaten round by round."""
-    timed = sorted(
-        (e for e in entries if e.measurement.p50_ms), key=lambda e: (e.measurement.p50_ms or 0, e.rank, e.id)
-    )
-    if not timed:
-        return None
-    best = timed[0]
-    for entry in timed[1:]:
-        if compare_latency(entry.measurement, best.measurement).faster:
-            best = entry
-    stayed = []
-    for entry in entries:
-        if not entry.measurement.p50_ms:
-            entry.reasons.append("its latency is not known")
-            continue
-        seen = compare_latency(entry.measurement, best.measurement)
-        if _note(entry, best, Gap("latency", seen.ratio - 1, seen.noise, seen.rounds)):
-            stayed.append(entry)
-    return stayed
-
-
-def compare_latency(mine: Measurement, other: Measurement) -> Comparison:
-    """``mine`` against ``other``: round by round within one session, else by p50 with a wide margin.
-
-    ValueError when one of them has no latency.
-    """
-    if not mine.p50_ms or not other.p50_ms:
-        raise ValueError("cannot compare latencies: one was not measured")
-    paired = compare_rounds(mine.round_ms, other.round_ms) if mine.session == other.session else None
-    return paired or compare_unpaired(mine.p50_ms, other.p50_ms)
-
-
-def _energy_step(entries: list[_Entry]) -> list[_Entry] | None:
-    """Who takes as little energy as the best; None when not all were measured or all estimated: nothing to compare."""
-    sources = {entry.measurement.energy_source for entry in entries}
-    if len(sources) != 1 or not all(entry.measurement.joules and entry.measurement.p50_ms for entry in entries):
-        return None
-    best = min(entries, key=lambda e: (e.measurement.joules or 0, e.rank, e.id))
-
-    def gap(entry: _Entry) -> Gap:
-        seen = compare_latency(entry.measurement, best.measurement)
-        # An estimate is watts x time: its noise is the latency's, and the watts' ratio is exact. A sensor integrates
-        # over the same time, with a resolution of its own.
-        if sources == {"estimated"}:
-            return Gap("energy", seen.ratio * _watts(entry) / _watts(best) - 1, seen.noise, seen.rounds)
-        worse_by = (entry.measurement.joules or 0) / (best.measurement.joules or 1) - 1
-        return Gap("energy", worse_by, max(ENERGY_FLOOR, seen.noise), seen.rounds)
-
-    return [entry for entry in entries if _note(entry, best, gap(entry))]
-
-
-def _watts(entry: _Entry) -> float:
-    return (entry.measurement.joules or 0) / (entry.measurement.p50_ms or 1)
-
-
-def _memory_step(entries: list[_Entry]) -> list[_Entry] | None:
-    """Who peaks as low as the lowest; candidates without a figure are beaten by those with one."""
-    known = [entry.measurement.peak_mb for entry in entries if entry.measurement.peak_mb is not None]
-    if not known:
-        return None
-    least = max(min(known), 1e-6)
-    noise = max(MEMORY_FLOOR, MEMORY_FLOOR_MB / least)
-    best = next(entry for entry in entries if entry.measurement.peak_mb == min(known))
-    stayed = []
-    for entry in entries:
-        peak = entry.measurement.peak_mb
-        if peak is None:
-            entry.reasons.append("its memory is not known")
-        elif _note(entry, best, Gap("memory", peak / least - 1, noise)):
-            stayed.append(entry)
-    return stayed
-
-
-def _accuracy_step(entries: list[_Entry]) -> list[_Entry] | None:
-    """Who answers as well as the best; candidates without a quality are beaten by those with one."""
-    known = [entry.quality.value for entry in entries if entry.quality]
-    if not known:
-        return None
-    top = max(known)
-    scale = max(abs(top), 1e-12)
-    best = next(entry for entry in entries if entry.quality and entry.quality.value == top)
-    stayed = []
-    for entry in entries:
-        if entry.quality is None:
-            entry.reasons.append("its quality is not known")
-        elif _note(entry, best, Gap("accuracy", (top - entry.quality.value) / scale, QUALITY_FLOOR)):
-            stayed.append(entry)
-    return stayed
-
-
-_COMPARE: Mapping[Criterion, Callable[[list[_Entry]], list[_Entry] | None]] = {
-    "latency": _latency_step,
-    "accuracy": _accuracy_step,
-    "energy": _energy_step,
-    "memory": _memory_step,
-}
-
-
-def _note(entry: _Entry, best: _Entry, gap: Gap) -> bool:
-    """Write the gap down; whether the candidate stays in."""
-    if entry is best:
-        gap = replace(gap, worse_by=0.0)
-    entry.gaps.append(gap)
-    return gap.tie
-
-
-def _row(entry: _Entry, winner: _Entry | None) -> Row:
+def _row(entry: Contestant, winner: Contestant | None) -> Row:
     measurement = entry.measurement
-    status: Status = "lost"
-    reasons = tuple(entry.reasons)
+    status: Status = "winner" if entry is winner else "excluded" if entry.broken else "lost"
+    reasons = (*entry.broken, *entry.unknown)
     if not measurement.ok:
         status, reasons = "rejected", (measurement.reason or "rejected by the trial",)
-    elif entry is winner:
-        status = "winner"
-    elif not entry.gaps and reasons:
-        status = "excluded"
     comparable = winner is not None and winner.measurement.p50_ms and measurement.p50_ms
     return Row(
         entry.id,
@@ -347,7 +141,11 @@ def _row(entry: _Entry, winner: _Entry | None) -> Row:
 
 
 def _reasons(
-    policy: Policy, entries: Sequence[_Entry], running: Sequence[_Entry], winner: _Entry | None, decided_by: str
+    policy: Policy,
+    entries: Sequence[Contestant],
+    running: Sequence[Contestant],
+    winner: Contestant | None,
+    decided_by: str,
 ) -> tuple[str, ...]:
     """The decision in a sentence or two."""
     if winner is None:
@@ -355,8 +153,8 @@ def _reasons(
             return ("nothing was measured",)
         if not running:
             return ("no candidate passed its trial",)
-        closest = min(running, key=lambda entry: (len(entry.reasons), entry.measurement.p95_ms or 0, entry.id))
-        return (f"no candidate keeps the policy's limits; closest is {closest.id}: {'; '.join(closest.reasons)}",)
+        closest = min(running, key=lambda entry: (len(entry.broken), entry.measurement.p95_ms or 0, entry.id))
+        return (f"no candidate keeps the policy's limits; closest is {closest.id}: {'; '.join(closest.broken)}",)
     if decided_by == "only":
         return (f"{winner.id} is the only candidate that may run",)
     alike = [gap.criterion for gap in winner.gaps if gap.criterion != decided_by]
@@ -378,20 +176,20 @@ def contenders(policy: Policy, measurements: Sequence[Measurement], priors: Sequ
     latency or energy being surely ``FAR_BEHIND`` the fastest of those left. With a policy for accuracy or memory, whose
     figures do not depend on rounds, it is being beaten in that.
     """
-    entries = [entry for entry in _entries(measurements, priors) if entry.measurement.ok]
-    _give_qualities(entries, priors)
+    entries = [entry for entry in contestants(measurements, priors) if entry.measurement.ok]
+    give_qualities(entries, priors)
     no_latency_limit = policy.model_copy(update={"max_latency_ms": None})
-    left = [entry for entry in entries if not _limits_broken(no_latency_limit, entry)]
+    left = [entry for entry in entries if not limits_broken(no_latency_limit, entry)]
     if policy.prefer in ("latency", "energy"):
         timed = [entry for entry in left if entry.measurement.p50_ms]
-        within = [entry for entry in timed if not _limits_broken(policy, entry)]
+        within = [entry for entry in timed if not limits_broken(policy, entry)]
         if within:
             best = min(within, key=lambda e: (e.measurement.p50_ms or 0, e.rank, e.id)).measurement
             left = [
                 e for e in left if not e.measurement.p50_ms or compare_latency(e.measurement, best).low < FAR_BEHIND
             ]
     elif policy.max_latency_ms is None:
-        left = _COMPARE[policy.prefer](left) or left
+        left = STEPS[policy.prefer](left) or left
     return frozenset(entry.id for entry in left)
 
 

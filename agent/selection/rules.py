@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from agent.bundles.manifest import Manifest, Precision, Quality, Requires, Runtime, Variant
 from agent.hardware.facts import Facts
+from agent.hardware.profiles import Profile, memory_budget_mb
 from agent.selection.inventory import (
     CPU_PROVIDER,
     PROVIDERS,
@@ -172,15 +173,12 @@ def estimated_need_mb(variant: Variant, *, on_cpu: bool = True) -> int:
     return max(variant.requires.min_memory_mb, NEED_BASE_MB + round(variant.file.size * factor / (1 << 20)))
 
 
-def memory_headroom_mb(facts: Facts, memory_share: float | None = None) -> int | None:
-    """What a model may take now: the smallest of MemAvailable, every limit that applies and the profile's share of it.
+def memory_headroom_mb(facts: Facts, profile: Profile) -> int | None:
+    """What a model may take now: the smaller of MemAvailable and the profile's share of what RAM and cgroups allow.
 
     Never MemTotal alone: a board of "8 GB" with 300 MB available has 300 MB. None when nothing is known.
     """
-    bounds = [facts.mem_available_mb, facts.mem_limit_mb]
-    if facts.mem_limit_mb is not None and memory_share is not None:
-        bounds.append(int(facts.mem_limit_mb * memory_share))
-    known = [bound for bound in bounds if bound is not None]
+    known = [bound for bound in (facts.mem_available_mb, memory_budget_mb(facts, profile)) if bound is not None]
     return min(known) if known else None
 
 
