@@ -11,7 +11,7 @@ from agent.base import config as configuration
 from agent.base.config import Config, Paths
 from agent.base.errors import PeerError
 from agent.base.systemd import take_environment
-from agent.cli.terminal import EXIT_FAILED, print_json, print_table
+from agent.cli.terminal import EXIT_FAILED, print_json
 
 if TYPE_CHECKING:
     from agent.bundles.manifest import Manifest
@@ -125,6 +125,7 @@ def check_model(arguments: argparse.Namespace, paths: Paths) -> int:
     """``models check FILE [--root DIR]``: which variants could run on this or on a recorded board, and why not."""
     from agent.hardware.probe import probe  # noqa: PLC0415
     from agent.hardware.profiles import choose_profile, load_profiles, shipped_profiles_dir  # noqa: PLC0415
+    from agent.selection.explanation import explain, explain_text  # noqa: PLC0415
     from agent.selection.inventory import assumed_inventory  # noqa: PLC0415
     from agent.selection.prior import rank_by_prior  # noqa: PLC0415
     from agent.selection.rules import accepted, candidates, memory_headroom_mb  # noqa: PLC0415
@@ -138,44 +139,16 @@ def check_model(arguments: argparse.Namespace, paths: Paths) -> int:
     inventory = assumed_inventory(facts, profile.providers) if arguments.root else _live_inventory()
     headroom = memory_headroom_mb(facts, profile.memory_share)
     verdicts = candidates(manifest, facts, profile.providers, inventory, headroom)
-    ranking = [prior.candidate.id for prior in rank_by_prior(accepted(verdicts), facts, profile)]
-    rows = [
-        {
-            "candidate": verdict.candidate.id,
-            "variant": verdict.candidate.variant_id,
-            "provider": verdict.candidate.provider,
-            "runs": verdict.accepted,
-            "rank": ranking.index(verdict.candidate.id) + 1 if verdict.accepted else None,
-            "need_mb": verdict.need_mb,
-            "reasons": list(verdict.reasons),
-            "notes": list(verdict.notes),
-        }
-        for verdict in verdicts
-    ]
-    runs = any(row["runs"] for row in rows)
+    ranked = accepted(verdicts)
+    document = explain(manifest, verdicts, rank_by_prior(ranked, facts, profile), None, facts, profile.id)
+    document |= {"runs": bool(ranked), "assumed_runtimes": inventory.assumed}
     if arguments.json:
-        board = {"board": facts.board, "profile": profile.id, "assumed_runtimes": inventory.assumed}
-        print_json({"model": manifest.name, "version": manifest.version, **board, "runs": runs, "candidates": rows})
-        return 0 if runs else EXIT_FAILED
-    print(f"{manifest.name} {manifest.version} on {facts.board or facts.arch or 'unknown board'} ({profile.id})")
-    if inventory.assumed:
-        print("runtimes: assumed, since nothing can be asked of a recorded board")
-    print_table(
-        ("RANK", "VARIANT", "PROVIDER", "NEEDS", "RUNS", "WHY"),
-        [
-            (
-                row["rank"] or "-",
-                row["variant"],
-                row["provider"],
-                f"{row['need_mb']} MB",
-                "yes" if row["runs"] else "no",
-                "; ".join([*row["reasons"], *row["notes"]]),
-            )
-            for row in sorted(rows, key=lambda row: (row["rank"] is None, row["rank"] or 0))
-        ],
-        right=(0, 3),
-    )
-    return 0 if runs else EXIT_FAILED
+        print_json(document)
+    else:
+        print(explain_text(document))
+        if inventory.assumed:
+            print("The runtimes are assumed: nothing can be asked of a recorded board.")
+    return 0 if ranked else EXIT_FAILED
 
 
 def _live_inventory() -> Any:

@@ -6,10 +6,9 @@ caller that accepts ``application/x-ndjson``.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from agent.base.errors import NotFoundError, PeerError
 from agent.core.operating import Operations, Progress
@@ -21,7 +20,6 @@ from agent.serve.exchange import Request, Response, json_response
 from agent.serve.routes import Route
 from agent.store.store import Store
 
-_T = TypeVar("_T")
 #: Longer than any trial of four candidates on the slowest board.
 _LONG_S = 3600.0
 _MAX_AXES = 32
@@ -132,10 +130,8 @@ class AdminApi:
     async def _doctor(self, request: Request) -> Response:
         return await self._do(request, "doctor", lambda tell: {"findings": self._diagnose()})
 
-    async def _do(self, request: Request, name: str, work: Callable[[Progress], Any]) -> Response:
-        result = await self._operations.run(name, work, request.progress)
-        document = dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result
-        return json_response(document)
+    async def _do(self, request: Request, name: str, work: Callable[[Progress], dict[str, Any]]) -> Response:
+        return json_response(await self._operations.run(name, work, request.progress))
 
 
 def _known(options: Mapping[str, Any], names: set[str]) -> None:

@@ -29,7 +29,8 @@ from agent.core import health, logs
 from agent.core.admin_api import AdminApi
 from agent.core.device import Device, inventory_of, look_at_device
 from agent.core.operating import Operations
-from agent.hardware.sensors import Sensors
+from agent.hardware.energy import EnergyMeter
+from agent.hardware.sensors import read_sensors
 from agent.infer.engine import Engine, EngineLimits, Key
 from agent.infer.runtimes.probe import Runtimes
 from agent.infer.shelf import Option
@@ -39,6 +40,7 @@ from agent.operations.install import Installer, Serving
 from agent.operations.maintain import Maintenance
 from agent.operations.shelving import shelf_from
 from agent.serve.access import ModelRule, ModelRules, admin_rights
+from agent.serve.inference import Inference
 from agent.serve.limits import MIB, Limits
 from agent.serve.routes import RouteTable
 from agent.serve.server import Server
@@ -63,7 +65,6 @@ class Core:
         self._stop = asyncio.Event()
         self._operations = Operations()
         self._runtimes = Runtimes()
-        self._sensors = Sensors()
         self._rules = _model_rules(config)
 
     async def run(self) -> None:
@@ -117,7 +118,7 @@ class Core:
             threads=device.threads,
             cpus=device.cpus,
             inventory=lambda: inventory_of(self._runtimes),
-            headroom_mb=lambda: _headroom_mb(device, self._sensors.memory_available_mb()),
+            headroom_mb=lambda: _headroom_mb(device, read_sensors().mem_available_mb),
             power_mode=lambda: device.facts.power_mode,
         )
         settings = TrialSettings(
@@ -128,15 +129,16 @@ class Core:
             memory_mb=None if selection.trial_memory_mb == "auto" else selection.trial_memory_mb,
         )
         around = Surroundings(
-            clock=SystemClock(), throttled=self._sensors.throttled, energy_j=self._sensors.energy_j, wait=time.sleep
+            clock=SystemClock(), throttled=lambda: read_sensors().throttled_now, energy_j=EnergyMeter(), wait=time.sleep
         )
         return VariantChooser(view, self._store.read, settings, around)
 
     # -- serving ------------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        config, uid = self._config, os.getuid()
-        self._infer = Server(RouteTable(infer_routes(self._engine, self._rules)), _infer_limits(config))
+        config, uid, limits = self._config, os.getuid(), _infer_limits(self._config)
+        inference = Inference(self._engine, limits=limits, rules=self._rules, labels=self._engine.labels)
+        self._infer = Server(RouteTable(inference.routes()), limits)
         api = AdminApi(self._store, self._installer, self._maintenance, self._operations, self._status, self._diagnose)
         self._admin = Server(
             RouteTable(api.routes()), _ADMIN_LIMITS, rights=admin_rights(uid, _uid_of(config.sockets.link_user))
@@ -223,7 +225,8 @@ class Core:
             "models": self._engine.index(),
             "loaded": self._engine.loaded(),
             "under_way": self._operations.under_way,
-            "throttled": self._sensors.throttled(),
+            "health": health.verdict([*health.check_device(self._device), *health.check_store(self._store)]),
+            "throttled": read_sensors().throttled_now,
         }
 
     def _diagnose(self) -> list[dict[str, Any]]:

@@ -8,13 +8,20 @@ from pathlib import Path
 from agent.base.config import Config, Paths
 from agent.hardware.facts import Facts
 from agent.hardware.probe import probe
-from agent.hardware.profiles import Profile, choose_profile, load_profiles, shipped_profiles_dir
+from agent.hardware.profiles import (
+    Profile,
+    choose_profile,
+    load_profiles,
+    memory_budget_mb,
+    serving_cpus,
+    shipped_profiles_dir,
+    thread_count,
+)
 from agent.infer.runtimes.probe import Runtimes
 from agent.selection.inventory import InstalledRuntime, RuntimeInventory
 
-#: Threads of one run where neither configuration nor profile says: more rarely pay on small devices.
-_MOST_THREADS = 4
-_LEAST_BUDGET_MB = 32
+#: Where nothing is known of the memory.
+_LEAST_BUDGET_MB = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +46,14 @@ def look_at_device(paths: Paths, config: Config, root: Path | None = None) -> De
     facts = probe(root)
     profiles, problems = load_profiles([shipped_profiles_dir(), paths.user_profiles])
     profile = choose_profile(facts, profiles)
-    usable = facts.usable_cpus or facts.online_cpus or (0,)
-    big = tuple(cpu for cpu in usable if cpu in (facts.big_cores or ())) or usable
+    threads, budget = config.selection.threads, config.memory.budget_mb
     return Device(
         facts=facts,
         profile=profile,
         problems=tuple(problems),
-        threads=_threads(config, profile, facts, len(big)),
-        cpus=big,
-        budget_mb=_budget_mb(config, profile, facts),
+        threads=thread_count(facts, profile) if threads == "auto" else threads,
+        cpus=serving_cpus(facts, profile) or (0,),
+        budget_mb=float(memory_budget_mb(facts, profile) or _LEAST_BUDGET_MB) if budget == "auto" else float(budget),
     )
 
 
@@ -58,17 +64,3 @@ def inventory_of(runtimes: Runtimes) -> RuntimeInventory:
         {state.name: InstalledRuntime(state.version, state.providers) for state in states if state.usable},
         {state.name: state.reason for state in states if not state.usable},
     )
-
-
-def _threads(config: Config, profile: Profile, facts: Facts, cores: int) -> int:
-    if config.selection.threads != "auto":
-        return config.selection.threads
-    cores = min(cores, max(1, int(facts.cpu_limit))) if facts.cpu_limit is not None else cores
-    wanted = profile.threads or min(_MOST_THREADS, cores - 1)  # one core is left to the apps and the loop
-    return max(1, min(wanted, cores))
-
-
-def _budget_mb(config: Config, profile: Profile, facts: Facts) -> float:
-    if config.memory.budget_mb != "auto":
-        return float(config.memory.budget_mb)
-    return max(_LEAST_BUDGET_MB, profile.memory_share * (facts.mem_limit_mb or 0))

@@ -108,7 +108,7 @@ def check_runtimes(states: Mapping[str, RuntimeState]) -> list[Finding]:
 
 def check_store(store: Store) -> list[Finding]:
     """Key provider, recovery notes, damage, space."""
-    found = [Finding(item.code, item.level, item.text, item.mend) for item in map(_as_finding, store.doctor())]
+    found = [Finding(item.code, item.level, item.text, item.mend) for item in store.doctor()]
     stats = store.stats()
     if stats.disk_free_bytes < _LEAST_FREE_BYTES:
         found.append(Finding("disk", "warning", f"{stats.disk_free_bytes >> 20} MB free", "free some space"))

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.base.errors import AgentError, PeerError
+from agent.base.errors import AgentError, PeerError, TryLaterError
 from agent.infer.sandbox import Limits, confine, interpreter_folders
 
 if TYPE_CHECKING:
@@ -193,10 +193,10 @@ def serve(control: socket.socket, child: Child) -> None:
             request = json.loads(line)
             try:
                 answer = operations[request["op"]](request)
+            except (TryLaterError, MemoryError) as error:
+                answer = {"error": str(error) or "out of memory", "memory": True}
             except AgentError as error:
                 answer = {"error": str(error)}
-            except MemoryError:
-                answer = {"error": "out of memory", "memory": True}
             stream.write(json.dumps(answer).encode() + b"\n")
             stream.flush()
 

@@ -120,7 +120,7 @@ class ChildProcess:
         answer = self._receive(timeout_s, operation)
         if "error" in answer:
             text = str(answer["error"])[:500]
-            kind: FailureKind = "memory" if answer.get("memory") or _speaks_of_memory(text) else "refused"
+            kind: FailureKind = "memory" if answer.get("memory") else "refused"
             raise ChildError(kind, text)
         if operation == "prepare":  # from here on growth is the model's
             self._baseline_kb = _private_kb(self.pid)
@@ -205,10 +205,3 @@ def _private_kb(pid: int) -> int:
         return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") // 1024
     except (OSError, IndexError, ValueError):
         return 0
-
-
-def _speaks_of_memory(text: str) -> bool:
-    lowered = text.lower()
-    return any(
-        words in lowered for words in ("bad_alloc", "bad allocation", "failed to allocate memory", "out of memory")
-    )

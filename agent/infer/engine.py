@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agent import __version__
-from agent.base.errors import AgentError, DamagedError, DeadlineError, NotFoundError, TryLaterError, UnsupportedError
+from agent.base.errors import DamagedError, DeadlineError, NotFoundError, TryLaterError, UnsupportedError
 from agent.infer.runtimes.base import LoadOptions, Runtime, Session
 from agent.infer.shelf import Option, Served, Shelf
-from agent.infer.statistics import ModelStatistics
 from agent.infer.tensors import InferRequest, InferResponse, Tensor, check_inputs
 
 if TYPE_CHECKING:
@@ -83,7 +82,6 @@ class Engine:
         self._runners = ThreadPoolExecutor(limits.workers, thread_name_prefix="run")
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._closing = False
-        self.statistics: dict[Key, ModelStatistics] = {}
 
     # -- what there is --------------------------------------------------------------------------------------------
 
@@ -221,16 +219,10 @@ class Engine:
         start = time.perf_counter()
         arrays = check_inputs(loaded.served.inputs, request.inputs)
         names = self._wanted(loaded, request)
-        statistics = self.statistics[loaded.key]
-        try:
-            answers = loaded.session.run(arrays, names)
-        except AgentError:
-            statistics.failed()
-            raise
+        answers = loaded.session.run(arrays, names)
         end = time.perf_counter()
         queue_us = int((start - arrived) * 1e6) if arrived else 0
         compute_us = int((end - start) * 1e6)
-        statistics.answered(queue_us, compute_us)
         option, best = loaded.option, loaded.served.options[0] if loaded.served.options else loaded.option
         return InferResponse(
             model_name=loaded.key[0],
@@ -304,7 +296,6 @@ class Engine:
             loaded = Loaded(key, served, option, session, because, last_used=time.monotonic())
             loaded.outputs = {spec.name: spec for spec in session.outputs}
             loaded.output_names = tuple(spec.name for spec in served.outputs)
-            self.statistics.setdefault(key, ModelStatistics())
             self._hot[key] = loaded
             return loaded
         raise DamagedError(f"model '{served.model}': no variant can answer: {'; '.join(failures)}")

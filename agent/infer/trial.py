@@ -224,11 +224,11 @@ class Trial:
             alive = [contest for contest in self._contests if contest.runs]
             if done >= plan.least_rounds:
                 needed = still_needed(self.measurements(), done, plan.most_rounds)
-                for contest in alive:
-                    if contest.entrant.id not in needed:
-                        self._leave(contest)
-                        contest.rounds.append(None)
+                resting = [contest for contest in alive if contest.entrant.id not in needed]
                 alive = [contest for contest in alive if contest.entrant.id in needed]
+                for contest in resting if alive else ():
+                    self._leave(contest)
+                    contest.rounds.append(None)
             if not alive:
                 return
             if done and done % (plan.least_rounds // 2) == 0:

@@ -137,5 +137,6 @@ def test_the_filter_is_a_valid_program_for_every_architecture():
 
 def test_a_child_that_cannot_start_is_a_clear_error():
     nobody = {"model": None, "golden": None}
-    with ChildProcess(nobody, ChildLimits(64, start_s=20), module="tests.infer.no_such") as child:
-        pytest.raises(ChildError, child.greet).match("ModuleNotFoundError")
+    child = ChildProcess(nobody, ChildLimits(64, start_s=20), module="tests.infer.no_such")
+    with child, pytest.raises(ChildError, match="ModuleNotFoundError"):
+        child.greet()

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from agent.base.datatypes import Datatype
-from agent.base.errors import DamagedError, PeerError, UnsupportedError
+from agent.base.errors import DamagedError, PeerError, TryLaterError, UnsupportedError
 from agent.bundles.manifest import TensorSpec
 from agent.infer.runtimes.base import LoadOptions
 
@@ -80,6 +80,8 @@ class OnnxRuntime:
                 f"/proc/self/fd/{descriptor}", sess_options=settings, providers=[options.provider]
             )
         except self._errors as error:
+            if _is_shortage(error):
+                raise TryLaterError(f"cannot load model: out of memory: {_one_line(error)}") from error
             raise DamagedError(f"cannot load model: ONNX Runtime: {_one_line(error)}") from error
         return OnnxSession(session, self._errors)
 
@@ -101,12 +103,14 @@ class OnnxSession:
         self._string_outputs = frozenset(spec.name for spec in self.outputs if spec.datatype == "BYTES")
 
     def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
-        """One answer; strings go in and come out as ``bytes`` objects. PeerError with the runtime's reason."""
+        """One answer; strings go in and come out as ``bytes``. PeerError with the runtime's reason, TryLaterError."""
         if self._strings:
             inputs = {name: _text(name, a) if name in self._strings else a for name, a in inputs.items()}
         try:
             answers: list[NDArray[Any]] = self._session.run(list(outputs), inputs)
         except self._errors as error:
+            if _is_shortage(error):
+                raise TryLaterError(f"cannot run model: out of memory: {_one_line(error)}") from error
             raise PeerError(f"cannot run model: ONNX Runtime: {_one_line(error)}") from error
         if self._string_outputs:
             return [
@@ -157,6 +161,12 @@ def _octets(array: NDArray[Any]) -> NDArray[Any]:
     for index, element in enumerate(array.reshape(-1)):
         flat[index] = element if isinstance(element, bytes) else str(element).encode()
     return octets
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether an allocation failed: ONNX Runtime has no class of error for it."""
+    text = str(error).lower()
+    return any(words in text for words in ("bad_alloc", "bad allocation", "failed to allocate", "bfcarena::allocate"))
 
 
 def _one_line(error: Exception) -> str:

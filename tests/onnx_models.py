@@ -1,0 +1,121 @@
+"""Small real ONNX models for tests, made with the onnx package; a few hundred bytes each unless told otherwise."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+
+def model(nodes, inputs, outputs, initializers=(), opset=17):
+    """Bytes of a checked model; opset 17 and IR 8 load on every supported ONNX Runtime."""
+    graph = helper.make_graph(list(nodes), "test", list(inputs), list(outputs), list(initializers))
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    return made.SerializeToString()
+
+
+def tensor(name, shape, kind=TensorProto.FLOAT):
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def constant(name, array):
+    return numpy_helper.from_array(np.asarray(array), name)
+
+
+def linear(seed=0, features=16, classes=4):
+    """x[n, features] -> y[n, classes], a matrix product; another seed, other weights."""
+    weights = np.random.default_rng(seed).standard_normal((features, classes)).astype(np.float32)
+    return model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [tensor("x", ["n", features])],
+        [tensor("y", ["n", classes])],
+        [constant("w", weights)],
+    )
+
+
+def heavy(side=512, layers=4, seed=0):
+    """x[n, side] -> y[n, side]: about ``layers * side * side`` multiplications a row, weights of 4 bytes each."""
+    generator = np.random.default_rng(seed)
+    weights = [generator.standard_normal((side, side)).astype(np.float32) / side**0.5 for _ in range(layers)]
+    names = ["x", *(f"h{index}" for index in range(1, layers)), "y"]
+    return model(
+        [helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]]) for i in range(layers)],
+        [tensor("x", ["n", side])],
+        [tensor("y", ["n", side])],
+        [constant(f"w{index}", array) for index, array in enumerate(weights)],
+    )
+
+
+def endless():
+    """A loop of 2^62 rounds: loads at once, never answers."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go_on"], ["go_on_out"]),
+            helper.make_node("Add", ["state", "state"], ["state_out"]),
+        ],
+        "body",
+        [tensor("round", [], TensorProto.INT64), tensor("go_on", [], TensorProto.BOOL), tensor("state", ["n", 16])],
+        [tensor("go_on_out", [], TensorProto.BOOL), tensor("state_out", ["n", 16])],
+    )
+    return model(
+        [
+            helper.make_node("Loop", ["rounds", "yes", "x"], ["all"], body=body),
+            helper.make_node("Slice", ["all", "zero", "four", "axis"], ["y"]),
+        ],
+        [tensor("x", ["n", 16])],
+        [tensor("y", ["n", 4])],
+        [
+            constant("rounds", np.int64(1 << 62)),
+            constant("yes", np.bool_(True)),
+            constant("zero", np.array([0], np.int64)),
+            constant("four", np.array([4], np.int64)),
+            constant("axis", np.array([1], np.int64)),
+        ],
+    )
+
+
+def greedy(gigabytes=64):
+    """Asks for tens of gigabytes when it runs, then sums them up."""
+    cells = gigabytes * (1 << 30) // 4
+    return model(
+        [
+            helper.make_node("ConstantOfShape", ["big"], ["zeros"], value=constant("v", np.ones(1, np.float32))),
+            helper.make_node("ReduceSum", ["zeros"], ["sum"], keepdims=1),
+            helper.make_node("MatMul", ["x", "w"], ["product"]),
+            helper.make_node("Add", ["product", "sum"], ["y"]),
+        ],
+        [tensor("x", ["n", 16])],
+        [tensor("y", ["n", 4])],
+        [constant("big", np.array([cells], np.int64)), constant("w", np.ones((16, 4), np.float32))],
+    )
+
+
+def strings():
+    """s[n] of BYTES -> t[n]: the same texts."""
+    return model(
+        [helper.make_node("Identity", ["s"], ["t"])],
+        [tensor("s", ["n"], TensorProto.STRING)],
+        [tensor("t", ["n"], TensorProto.STRING)],
+    )
+
+
+def two_in_two_out():
+    """a[n, 3] FP32, flag[n] BOOL -> sum[n, 3], not_flag[n]."""
+    return model(
+        [helper.make_node("Add", ["a", "a"], ["sum"]), helper.make_node("Not", ["flag"], ["not_flag"])],
+        [tensor("a", ["n", 3]), tensor("flag", ["n"], TensorProto.BOOL)],
+        [tensor("sum", ["n", 3]), tensor("not_flag", ["n"], TensorProto.BOOL)],
+    )
+
+
+def picky():
+    """x[n] -> y: a Gather that raises for most made-up inputs (index out of range)."""
+    return model(
+        [
+            helper.make_node("Cast", ["x"], ["index"], to=TensorProto.INT64),
+            helper.make_node("Add", ["index", "far"], ["beyond"]),
+            helper.make_node("Gather", ["table", "beyond"], ["y"]),
+        ],
+        [tensor("x", ["n"])],
+        [tensor("y", ["n"])],
+        [constant("far", np.array([1000], np.int64)), constant("table", np.ones(1005, np.float32))],
+    )
