@@ -98,7 +98,7 @@ def choose(policy: Policy, measurements: Sequence[Measurement], priors: Sequence
         decided_by=decided_by,
         rows=tuple(rows),
         ties=tuple(entry.id for entry in ties if entry is not winner),
-        reasons=_reasons(policy, entries, running, winner, decided_by),
+        reasons=_reasons(entries, running, winner, decided_by),
     )
 
 
@@ -141,11 +141,7 @@ def _row(entry: Contestant, winner: Contestant | None) -> Row:
 
 
 def _reasons(
-    policy: Policy,
-    entries: Sequence[Contestant],
-    running: Sequence[Contestant],
-    winner: Contestant | None,
-    decided_by: str,
+    entries: Sequence[Contestant], running: Sequence[Contestant], winner: Contestant | None, decided_by: str
 ) -> tuple[str, ...]:
     """The decision in a sentence or two."""
     if winner is None:
@@ -156,12 +152,10 @@ def _reasons(
         closest = min(running, key=lambda entry: (len(entry.broken), entry.measurement.p95_ms or 0, entry.id))
         return (f"no candidate keeps the policy's limits; closest is {closest.id}: {'; '.join(closest.broken)}",)
     if decided_by == "only":
-        return (f"{winner.id} is the only candidate that may run",)
+        return ("the only candidate that runs within the policy",)
     alike = [gap.criterion for gap in winner.gaps if gap.criterion != decided_by]
-    after = f" after a tie in {' and '.join(alike)}" if alike else ""
-    if decided_by == "prior":
-        return (f"policy {policy.prefer}: {winner.id} comes first by the prior{after}",)
-    return (f"policy {policy.prefer}: {winner.id} is best in {decided_by}{after}",)
+    first = "first by the prior" if decided_by == "prior" else f"best in {decided_by}"
+    return (f"{first} after a tie in {', '.join(alike)}" if alike else first,)
 
 
 #: Rounds before anything is decided, and rounds after which a candidate that is far behind need not run any more.

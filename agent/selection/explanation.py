@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from agent.bundles.manifest import Manifest, Policy
@@ -152,16 +152,23 @@ def _why(verdict: Verdict, row: Row | None, decision: Decision | None) -> list[s
     if row is None or decision is None:
         return []
     if row.status == "winner":
-        return [*decision.reasons, *_ties_of_winner(row, decision)]
+        return [*decision.reasons, *_beside_winner(row, decision)]
     if row.reasons:
         return list(row.reasons)
     return [_why_lost(row, decision)]
 
 
-def _ties_of_winner(row: Row, decision: Decision) -> list[str]:
-    if not decision.ties or not row.gaps:
+def _beside_winner(row: Row, decision: Decision) -> list[str]:
+    """Who came closest: the ties, or else the next one by the criterion that decided."""
+    if not row.gaps:
         return []
-    return [f"alike in {row.gaps[0].criterion}: {', '.join(decision.ties)}"]
+    if decision.ties:
+        return [f"alike in {row.gaps[0].criterion}: {', '.join(decision.ties)}"]
+    others = [other for other in decision.rows if other.gaps and other.candidate_id != decision.winner]
+    if not others:
+        return []
+    second = min(others, key=lambda other: (other.gaps[0].worse_by, other.candidate_id))
+    return [f"next is {second.candidate_id}, {_worse(second.gaps[0], '')}"]
 
 
 def _why_lost(row: Row, decision: Decision) -> str:
@@ -172,23 +179,20 @@ def _why_lost(row: Row, decision: Decision) -> str:
     if fell is None:
         return f"{alike}; the prior puts {decision.winner} first"
     text = _worse(fell, "the winner" if fell.best == decision.winner else fell.best)
-    return f"{alike}; decided by {fell.criterion}: {text}" if ties else text
+    return f"{alike}; {text}" if ties else text
 
 
 def _worse(gap: Gap, than: str) -> str:
-    if gap.criterion == "accuracy":
-        return f"{_percent(gap.worse_by)} less accurate than {than}"
-    if gap.criterion == "memory":
-        return f"takes {_times(gap.worse_by, 'more memory')} than {than}"
-    noise = f" (noise ±{_percent(gap.noise)})"
-    if gap.criterion == "energy":
-        return f"takes {_times(gap.worse_by, 'more energy')} than {than}{noise}"
-    return f"{_times(gap.worse_by, 'slower')} than {than}{noise}"
+    """``2.1x slower than the winner (noise ±3.4 %)``; without the middle part when ``than`` is empty."""
+    words = {"latency": "slower", "accuracy": "less accurate", "memory": "more memory", "energy": "more energy"}
+    amount = _percent(gap.worse_by) if gap.criterion == "accuracy" else _amount(gap.worse_by)
+    noise = f" (noise ±{_percent(gap.noise)})" if gap.criterion in ("latency", "energy") else ""
+    return f"{amount} {words[gap.criterion]}{f' than {than}' if than else ''}{noise}"
 
 
-def _times(worse_by: float, word: str) -> str:
-    """``8 % slower`` for little, ``2.1x slower`` for much."""
-    return f"{1 + worse_by:.1f}x {word}" if worse_by >= 0.5 else f"{_percent(worse_by)} {word}"
+def _amount(worse_by: float) -> str:
+    """``8 %`` for little, ``2.1x`` for much."""
+    return f"{1 + worse_by:.1f}x" if worse_by >= 0.5 else _percent(worse_by)
 
 
 def _percent(share: float) -> str:
@@ -208,50 +212,85 @@ def _list(parts: Iterable[str]) -> str:
 
 def explain_text(document: Mapping[str, Any], width: int = WIDTH) -> str:
     """The document as text for a terminal of ``width`` columns, without a newline at its end."""
-    lines = [*_heading(document), ""]
+    entries = document["candidates"]
+    common = _common_notes(entries)
     columns = _columns(document)
-    lines.append("  ".join(title.rjust(size) if align else title.ljust(size) for title, size, align, _ in columns))
-    for entry in document["candidates"]:
-        cells = [
-            value(entry).rjust(size) if align else _fit(value(entry), size).ljust(size)
-            for _, size, align, value in columns
-        ]
-        lines.append("  ".join(cells).rstrip())
-        lines += _remarks(entry, width)
-    lines += ["", *_wrapped("", "; ".join(document["reasons"]), width)] if document["reasons"] else []
-    return "\n".join(line.rstrip() for line in lines).rstrip()
+    short = _shortener(entries)
+    lines = [*map(short, _heading(document)), ""]
+    lines.append("  ".join(title.rjust(size) if right else title.ljust(size) for title, size, right, _ in columns))
+    for entry in entries:
+        cells = [_fit(cell(entry), size) for _, size, _, cell in columns]
+        lines.append("  ".join(_aligned(cells, columns)))
+        lines += [line for text in _remarks(entry, common) for line in _wrapped("     ", short(text), width)]
+    tail = [] if document["winner"] else list(document["reasons"])
+    tail += [f"note: {note}" for note in common]
+    lines += ["", *(line for text in tail for line in _wrapped("", short(text), width))] if tail else []
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _aligned(cells: Sequence[str], columns: Sequence[_Column]) -> list[str]:
+    return [
+        cell.rjust(size) if right else cell.ljust(size)
+        for cell, (_, size, right, _) in zip(cells, columns, strict=True)
+    ]
+
+
+def _common_notes(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Notes that are true of every candidate: told once, below the table."""
+    if len(entries) < 2:
+        return []
+    return [note for note in entries[0]["notes"] if all(note in entry["notes"] for entry in entries)]
+
+
+def _shortener(entries: Sequence[Mapping[str, Any]]) -> Callable[[str], str]:
+    """Names candidates by the variant alone where there is one provider, else with the provider's first word."""
+    providers = {str(entry["provider"]): _provider(entry) for entry in entries}
+
+    def short(text: str) -> str:
+        for provider, word in providers.items():
+            text = text.replace(f"@{provider}", "" if len(providers) == 1 else f"@{word}")
+        return text
+
+    return short
 
 
 def _heading(document: Mapping[str, Any]) -> list[str]:
-    policy, device = document["policy"], document["device"]
+    policy, device, winner = document["policy"], document["device"], document["winner"]
     limits = [f"quality at least {policy['min_quality']:g}"] if policy["min_quality"] is not None else []
     limits += [f"p95 at most {policy['max_latency_ms']:g} ms"] if policy["max_latency_ms"] is not None else []
-    wish = f"policy {policy['prefer']}" + (f", {', '.join(limits)}" if limits else "")
-    board = device["board"] or f"unknown board ({device['arch']})"
-    winner = document["winner"]
+    wish = ", ".join([f"policy {policy['prefer']}", *limits])
+    board = device["board"] or f"unknown board ({device['arch'] or 'unknown architecture'})"
+    name = f"{document['model']} {document['version']}"
+    outcomes = [entry["outcome"] for entry in document["candidates"]]
     if winner:
-        first = f"{document['model']} {document['version']} runs as {winner}"
+        first = f"{name} runs as {winner}"
+    elif document["decided_by"] is not None:
+        first = f"{name}: no variant was chosen"
     else:
-        first = f"{document['model']} {document['version']}: nothing chosen"
+        first = f"{name}: {len(outcomes) - outcomes.count('refused')} of {len(outcomes)} candidates can run"
     return [first, f"{board} · profile {device['profile']} · {wish}"]
 
 
-def _columns(document: Mapping[str, Any]) -> list[tuple[str, int, bool, Any]]:
-    """(title, width, right-aligned, cell); columns about which nothing is known are left out."""
+#: Title, width, whether it stands to the right, the cell of a candidate.
+_Column = tuple[str, int, bool, Callable[[Mapping[str, Any]], str]]
+
+
+def _columns(document: Mapping[str, Any]) -> list[_Column]:
+    """The columns; those about which nothing is known are left out."""
     entries = document["candidates"]
     name = min(28, max([9, *(len(entry["variant"]) for entry in entries)]))
     where = max([2, *(len(_provider(entry)) for entry in entries)])
     measured = any(entry["measured"] for entry in entries)
-    columns: list[tuple[str, int, bool, Any]] = [
+    columns: list[_Column] = [
         (" ", 1, False, lambda entry: "*" if entry["outcome"] == "winner" else " "),
         ("candidate", name, False, lambda entry: entry["variant"]),
         ("on", where, False, _provider),
         ("prior", 5, True, lambda entry: f"{entry['prior']['speed']:.1f}x" if entry["prior"] else "-"),
     ]
     if not measured:
-        columns.append(("needs", 7, True, lambda entry: f"{entry['need_mb']} MB"))
-        columns.append(("file", 8, True, lambda entry: f"{entry['file_mb']:.1f} MB"))
-        columns.append(("answer", 15, False, lambda entry: _OUTCOMES[entry["outcome"]].replace("not tried", "can run")))
+        columns.append(("needs", 7, True, lambda entry: _size(entry["need_mb"])))
+        columns.append(("file", 8, True, lambda entry: _size(entry["file_mb"])))
+        columns.append(("answer", 15, False, lambda entry: "no" if entry["outcome"] == "refused" else "can run"))
         return columns
     columns += [
         ("p50 ms", 8, True, lambda entry: _number(entry, "p50_ms")),
@@ -273,7 +312,16 @@ def _provider(entry: Mapping[str, Any]) -> str:
 
 def _number(entry: Mapping[str, Any], name: str) -> str:
     value = (entry["measured"] or {}).get(name)
-    return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return "-" if value is None else _three(value)
+
+
+def _three(value: float) -> str:
+    """Three digits that line up below each other."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _size(megabytes: float) -> str:
+    return f"{megabytes / 1024:.1f} GB" if megabytes >= 1024 else f"{megabytes:.0f} MB"
 
 
 def _quality(entry: Mapping[str, Any]) -> str:
@@ -286,19 +334,17 @@ def _millijoules(entry: Mapping[str, Any]) -> str:
     measured = entry["measured"] or {}
     if not measured.get("joules"):
         return "-"
-    return f"{'~' if measured['energy_source'] == 'estimated' else ''}{measured['joules'] * 1000:.3g}"
+    return f"{'~' if measured['energy_source'] == 'estimated' else ''}{_three(measured['joules'] * 1000)}"
 
 
-def _remarks(entry: Mapping[str, Any], width: int) -> list[str]:
-    said = _OUTCOMES[entry["outcome"]]
-    lines: list[str] = []
+def _remarks(entry: Mapping[str, Any], common: Sequence[str]) -> list[str]:
+    """Below a candidate's row: why, and what else is worth knowing."""
+    remarks = []
     if entry["why"]:
-        lines += _wrapped("     ", f"{said}: {'; '.join(entry['why'])}", width)
-    elif entry["outcome"] == "untried" and entry["prior"]:
-        lines += _wrapped("     ", entry["prior"]["why"], width)
-    for note in entry["notes"]:
-        lines += _wrapped("     ", f"note: {note}", width)
-    return lines
+        remarks.append(f"{_OUTCOMES[entry['outcome']]}: {'; '.join(entry['why'])}")
+    elif entry["prior"]:
+        remarks.append(entry["prior"]["why"])
+    return remarks + [f"note: {note}" for note in entry["notes"] if note not in common]
 
 
 def _wrapped(indent: str, text: str, width: int) -> list[str]:

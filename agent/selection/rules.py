@@ -189,8 +189,11 @@ def _providers_for(variant: Variant, providers: Sequence[str], inventory: Runtim
     # An installed provider that neither this table nor the profile knows is left alone: a new one is a line in a
     # profile.
     others = [name for name in (installed.providers if installed else ()) if name in PROVIDERS]
-    every = dict.fromkeys([*wanted, *others] or [CPU_PROVIDER[runtime]])
-    return [name for name in every if name not in REMOTE_PROVIDERS]
+    every = [name for name in dict.fromkeys([*wanted, *others]) if name not in REMOTE_PROVIDERS]
+    accelerator = variant.requires.accelerator
+    if accelerator is not None:
+        every = [name for name in every if name not in PROVIDERS or accelerator in PROVIDERS[name].serves]
+    return every or [CPU_PROVIDER[runtime]]
 
 
 def _judge(case: _Case) -> Verdict:
@@ -215,11 +218,11 @@ def _architecture(case: _Case) -> _Findings:
     if not wanted or arch in wanted:
         return
     if arch is None:
-        yield _Note(f"needs {' or '.join(wanted)}; the architecture is unknown")
+        yield _Note(f"needs {' or '.join(wanted)}, the architecture is unknown")
     elif arch != case.facts.arch:
-        yield f"needs {' or '.join(wanted)}; the userland is 32-bit ({arch}) on a kernel of {case.facts.arch}"
+        yield f"needs {' or '.join(wanted)}, the userland is 32-bit ({arch}) on a kernel of {case.facts.arch}"
     else:
-        yield f"needs {' or '.join(wanted)}; this is {arch}"
+        yield f"needs {' or '.join(wanted)}, this is {arch}"
 
 
 def _features(case: _Case) -> _Findings:
@@ -259,7 +262,7 @@ def _runtime(case: _Case) -> _Findings:
         return
     try:
         if not satisfies(installed.version, wanted):
-            yield f"needs {runtime} {wanted}; {installed.version} is {'assumed' if inventory.assumed else 'installed'}"
+            yield f"needs {runtime} {wanted}, {installed.version} is {'assumed' if inventory.assumed else 'installed'}"
     except ValueError as error:
         yield f"requires.runtime_version cannot be read: {error}"
 
@@ -291,9 +294,9 @@ def _memory(case: _Case) -> _Findings:
     declared = case.variant.requires.min_memory_mb
     basis = "as the manifest asks" if need == declared else f"estimated from a file of {_megabytes(case.variant)} MB"
     if case.headroom_mb is None:
-        yield _Note(f"needs about {need} MB ({basis}); how much is free is not known")
+        yield _Note(f"needs about {need} MB ({basis}), how much is free is not known")
     elif need > case.headroom_mb:
-        yield f"needs about {need} MB of memory ({basis}); {max(0, case.headroom_mb)} MB may be used"
+        yield f"needs about {need} MB of memory ({basis}), {max(0, case.headroom_mb)} MB may be used"
 
 
 def _known_bad(case: _Case) -> _Findings:
@@ -320,7 +323,8 @@ def accepted(verdicts: Iterable[Verdict]) -> tuple[Candidate, ...]:
 
 
 def _megabytes(variant: Variant) -> str:
-    return f"{variant.file.size / (1 << 20):.3g}"
+    size = variant.file.size / (1 << 20)
+    return f"{size:.0f}" if size >= 100 else f"{size:.3g}"
 
 
 def _s(names: Sequence[str]) -> str:
