@@ -20,6 +20,8 @@ from agent.base.errors import PeerError
 from agent.base.files import TEMPORARY_PREFIX, fsync_directory, read_bounded, temporary_name, write_atomically
 from agent.store import stream
 from agent.store.age import AgeError, Header, parse_header
+from agent.store.document import BlobRef
+from agent.store.faults import reading
 from agent.store.memory import Plaintext, hold
 from agent.store.sealing import MAX_OWN_HEADER_BYTES
 from agent.store.stream import CHUNK_BYTES, NONCE_BYTES, SEALED_CHUNK_BYTES, Bytes
@@ -28,7 +30,7 @@ Step = Callable[[str], None]
 
 #: Chunks decrypted per read and write: few enough for the second-level cache of small boards.
 _BATCH = 2
-_HASH_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
 _ZEROS = bytes(CHUNK_BYTES)
 
 #: Buffers of readers that are done, plaintext zeroed: fresh ones would cost a small blob more than its cipher does.
@@ -101,35 +103,34 @@ class Blobs:
 
     def header(self, name: str) -> Header:
         """A header of ours, parsed. Raises AgeError, also when it is missing."""
-        try:
+        with reading("header"):
             data = read_bounded(self._folder / name, MAX_OWN_HEADER_BYTES + 1)
-        except OSError as error:
-            raise AgeError(f"header: {error.strerror}") from error
         header = parse_header(data)
         if header.length != len(data):
             raise AgeError("header is followed by something else")
         return header
 
-    def decrypt(self, payload: str, payload_size: int, file_key: bytes) -> Plaintext:
+    def decrypt(self, ref: BlobRef, file_key: bytes) -> Plaintext:
         """The plaintext in memory. Raises AgeError, and what ``memory.hold`` raises."""
-        size = stream.plaintext_size(payload_size)
+        if stream.payload_size(ref.size) != ref.payload_size:
+            raise AgeError("payload and plaintext sizes do not belong together")
         with (
-            self._open(payload, payload_size) as fd,
-            contextlib.closing(_decrypted(fd, payload_size, file_key)) as pieces,
+            self._open(ref) as fd,
+            contextlib.closing(_decrypted(fd, ref.payload_size, file_key)) as pieces,
         ):
-            return hold(pieces, size)
+            return hold(pieces, ref.size)
 
-    def check(self, payload: str, payload_size: int, progress: Callable[[int], None]) -> None:
+    def check(self, ref: BlobRef, progress: Callable[[int], None]) -> None:
         """Hash a payload; AgeError unless it is what its name says. ``progress`` is told each number of bytes read."""
         digest = hashlib.sha256()
-        buffer = bytearray(_HASH_BYTES)
-        with self._open(payload, payload_size) as fd:
+        buffer = bytearray(_PIECE_BYTES)
+        with self._open(ref) as fd:
             offset = 0
             while count := _pread(fd, [memoryview(buffer)], offset):
                 digest.update(memoryview(buffer)[:count])
                 offset += count
                 progress(count)
-        if offset != payload_size or digest.hexdigest() != payload:
+        if offset != ref.payload_size or digest.hexdigest() != ref.payload:
             raise AgeError("payload differs from its name")
 
     def delete(self, name: str) -> None:
@@ -173,31 +174,25 @@ class Blobs:
         return Draft(path, sealed_digest.hexdigest(), payload_size, size, plain_digest.hexdigest())
 
     @contextlib.contextmanager
-    def _open(self, payload: str, payload_size: int) -> Iterator[int]:
-        try:
-            fd = os.open(self._folder / payload, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError as error:
-            raise AgeError(f"payload: {error.strerror}") from error
+    def _open(self, ref: BlobRef) -> Iterator[int]:
+        with reading("payload"):
+            fd = os.open(self._folder / ref.payload, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_size != payload_size:
-                raise AgeError(f"payload has {status.st_size} bytes, {payload_size} expected")
+            if not stat.S_ISREG(status.st_mode) or status.st_size != ref.payload_size:
+                raise AgeError(f"payload has {status.st_size} bytes, {ref.payload_size} expected")
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             yield fd
         finally:
             os.close(fd)
 
 
-def pieces_of(fd: int, size: int = 1 << 20) -> Iterator[bytes]:
-    """What a descriptor gives from its position on, in pieces of at most ``size`` bytes. PeerError when it fails."""
-    while True:
-        try:
-            piece = os.read(fd, size)
-        except OSError as error:
-            raise PeerError(f"cannot read source: {error.strerror}") from error
-        if not piece:
-            return
-        yield piece
+def pieces_of(source: int | Iterable[Bytes]) -> Iterator[Bytes]:
+    """What a source gives: a descriptor from its position on, or pieces. PeerError when it fails."""
+    try:
+        yield from iter(lambda: os.read(source, _PIECE_BYTES), b"") if isinstance(source, int) else source
+    except OSError as error:
+        raise PeerError(f"cannot read source: {error.strerror or error}") from error
 
 
 def _decrypted(fd: int, payload_size: int, file_key: bytes) -> Generator[memoryview, None, None]:
@@ -251,10 +246,8 @@ def _pread_fully(fd: int, buffer: memoryview, offset: int) -> None:
 
 
 def _pread(fd: int, buffers: list[memoryview], offset: int) -> int:
-    try:
+    with reading("payload"):
         return os.preadv(fd, buffers, offset)
-    except OSError as error:
-        raise AgeError(f"payload: {error.strerror}") from error
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from agent.base.files import TEMPORARY_PREFIX, fsync_directory, read_bounded, wr
 from agent.store import stream
 from agent.store.age import FILE_KEY_BYTES, AgeError, parse_header
 from agent.store.document import MAX_DOCUMENT_BYTES, CatalogDocument, decode, encode
+from agent.store.faults import reading
+from agent.store.headers import Ring
 from agent.store.keys import DeviceSecret
 from agent.store.sealing import MAX_OWN_HEADER_BYTES, SALT_BYTES, catalog_purpose, key_id_of, seal, unseal
 from agent.store.sweep import obsolete
@@ -27,8 +29,6 @@ from agent.store.sweep import obsolete
 _NAME = re.compile(r"([0-9]{12})\.age")
 _POINTER = re.compile(r"([0-9]{1,12}) ([0-9a-f]{64})\n")
 _MAX_FILE_BYTES = stream.payload_size(MAX_DOCUMENT_BYTES) + MAX_OWN_HEADER_BYTES
-
-Ring = Mapping[str, DeviceSecret]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,10 @@ class Catalog:
             for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
                 path.unlink(missing_ok=True)
 
+    def is_new(self) -> bool:
+        """Whether nothing was ever committed here."""
+        return not self.numbers() and not self._pointer.exists()
+
     def numbers(self) -> list[int]:
         """Generations on disk, newest first, readable or not."""
         found = (_NAME.fullmatch(name) for name in os.listdir(self._folder))
@@ -89,9 +93,9 @@ class Catalog:
                 notes.append(str(error))
             if len(good) == 2:
                 break
-        if numbers and not good:
+        if not good and not self.is_new():
             raise DamagedError(
-                f"cannot open catalog: {'; '.join(notes)}",
+                f"cannot open catalog: {'; '.join(notes) or 'every generation is gone'}",
                 hint="restore the device secret if it was replaced; else move the store away, add the models again",
             )
         if good and pointed is not None and good[0].number != pointed:
@@ -101,13 +105,12 @@ class Catalog:
     def load(self, number: int, ring: Ring) -> Generation:
         """One generation. DamagedError says which and why."""
         try:
-            data = read_bounded(self._path(number), _MAX_FILE_BYTES + 1)
+            with reading("file"):
+                data = read_bounded(self._path(number), _MAX_FILE_BYTES + 1)
             key_id, plain = _decrypt(data, number, ring)
             document = decode(plain)
         except (AgeError, PeerError) as error:
             raise DamagedError(f"cannot read catalog generation {number}: {error}") from error
-        except OSError as error:
-            raise DamagedError(f"cannot read catalog generation {number}: {error.strerror}") from error
         if document.generation != number:
             raise DamagedError(f"cannot read catalog generation {number}: it says that it is {document.generation}")
         return Generation(number, key_id, document, hashlib.sha256(data).hexdigest())
@@ -123,17 +126,31 @@ class Catalog:
         salt = self._random(SALT_BYTES)
         header = seal(file_key, secret.key_id, secret.kek, catalog_purpose(number), salt)
         sealed = header + b"".join(stream.encrypt(file_key, self._random(stream.NONCE_BYTES), [data]))
-        self._step("generation sealed")
-        write_atomically(self._path(number), sealed)
-        self._step("generation written")
         generation = Generation(number, secret.key_id, checked, hashlib.sha256(sealed).hexdigest())
-        self.point(generation)
+        with self._restored_on_failure(number):
+            self._step("generation sealed")
+            write_atomically(self._path(number), sealed)
+            self._step("generation written")
+            write_atomically(self._pointer, f"{number} {generation.digest}\n".encode())
+            self._step("CURRENT swung")
         return generation
 
-    def point(self, generation: Generation) -> None:
-        """Swing ``CURRENT``. Durable on return."""
-        write_atomically(self._pointer, f"{generation.number} {generation.digest}\n".encode())
-        self._step("CURRENT swung")
+    @contextlib.contextmanager
+    def _restored_on_failure(self, number: int) -> Iterator[None]:
+        """A save that raises is not committed, also not for whoever opens the folder next."""
+        before = self._pointer.read_bytes() if self._pointer.exists() else b""
+        try:
+            yield
+        except BaseException:
+            # Best effort on a failing disk: the rename may have happened though its flush did not.
+            with contextlib.suppress(OSError):
+                if not before:
+                    self._pointer.unlink(missing_ok=True)
+                elif self._pointer.read_bytes() != before:
+                    write_atomically(self._pointer, before)
+            with contextlib.suppress(OSError):
+                os.unlink(self._path(number))
+            raise
 
     def sweep(self, kept: Iterable[int]) -> None:
         """Delete every generation but ``kept``. Durable on return."""

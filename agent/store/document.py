@@ -85,6 +85,11 @@ class CatalogDocument(_Entry):
                 _check_version(name, version, entry)
         return self
 
+    def find(self, model: str, version: str, part: str) -> BlobRef | None:
+        """The blob of a part, if it is installed."""
+        entry = self.models[model].versions.get(version) if model in self.models else None
+        return entry.blobs.get(part) if entry else None
+
     def refs(self) -> Iterator[BlobRef]:
         """Every blob that the document reaches."""
         for model in self.models.values():
@@ -115,9 +120,23 @@ def decode(data: bytes) -> CatalogDocument:
     try:
         return CatalogDocument.model_validate_json(data)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False)[:3]
-        lines = [f"{'.'.join(str(part) for part in p['loc']) or 'document'}: {p['msg']}" for p in problems]
-        raise PeerError(f"cannot use catalog: {'; '.join(lines)}") from error
+        raise PeerError(f"cannot use catalog: {_told(error)}") from error
+
+
+def _told(error: ValidationError) -> str:
+    problems = error.errors(include_url=False, include_input=False)[:3]
+    return "; ".join(f"{'.'.join(str(part) for part in p['loc']) or 'document'}: {p['msg']}" for p in problems)
+
+
+def blank_ref(model: str, version: str, part: str) -> BlobRef:
+    """A reference to nothing yet, of that identity. PeerError when a name is not one."""
+    try:
+        return BlobRef(
+            payload="0" * 64, header="none", size=0, sha256="0" * 64, payload_size=0,
+            model=model, version=version, part=part,
+        )  # fmt: skip
+    except ValidationError as error:
+        raise PeerError(f"cannot name a blob: {_told(error)}") from error
 
 
 def with_refs(document: CatalogDocument, renewed: dict[BlobRef, BlobRef]) -> CatalogDocument:

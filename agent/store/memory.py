@@ -14,7 +14,8 @@ import os
 import warnings
 from collections.abc import Iterable
 
-from agent.base.errors import TooLargeError, TryLaterError, UnsupportedError
+from agent.base.errors import TooLargeError, UnsupportedError
+from agent.store.faults import raise_if_short
 
 # From linux/memfd.h and linux/fcntl.h: not every supported Python has the names.
 _MFD_CLOEXEC = 0x1
@@ -22,8 +23,6 @@ _MFD_ALLOW_SEALING = 0x2
 _MFD_NOEXEC_SEAL = 0x8
 _F_ADD_SEALS = 1033
 _SEALS = 0x1 | 0x2 | 0x4 | 0x8  # SEAL, SHRINK, GROW, WRITE
-
-_SHORT_OF_MEMORY = {errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
 
 
 class Plaintext:
@@ -89,14 +88,13 @@ def hold(pieces: Iterable[memoryview], size: int) -> Plaintext:
             _write_all(fd, pieces, size)
             os.fchmod(fd, 0o400)
             _seal(fd)
-            return Plaintext(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), size)
+            return Plaintext(_reopen(fd), size)
         except BaseException:
             # Pages go back to the kernel now, which clears them before anybody else gets them.
             _empty(fd)
             raise
     except OSError as error:
-        if error.errno in _SHORT_OF_MEMORY:
-            raise TryLaterError(f"cannot decrypt: {os.strerror(error.errno)}", hint="free memory") from error
+        raise_if_short(error, "cannot decrypt")
         raise
     finally:
         os.close(fd)
@@ -116,8 +114,7 @@ def _create() -> int:
                 raise
             return os.memfd_create("edge-agent", _MFD_CLOEXEC | _MFD_ALLOW_SEALING)
     except OSError as error:
-        if error.errno in _SHORT_OF_MEMORY:
-            raise TryLaterError(f"cannot decrypt: {os.strerror(error.errno)}", hint="free memory") from error
+        raise_if_short(error, "cannot decrypt")
         raise UnsupportedError(
             f"cannot decrypt: no memory file ({os.strerror(error.errno or 0)})",
             hint="the kernel needs memfd_create; check the sandbox's system call filter",
@@ -143,6 +140,13 @@ def _seal(fd: int) -> None:
             f"cannot decrypt: memory file cannot be sealed ({os.strerror(error.errno or 0)})",
             hint="the kernel needs file sealing (Linux 3.17)",
         ) from error
+
+
+def _reopen(fd: int) -> int:
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise UnsupportedError("cannot decrypt: /proc is not mounted", hint="mount it in the sandbox") from error
 
 
 def _empty(fd: int) -> None:

@@ -6,12 +6,22 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from agent.base.errors import TooLargeError, TryLaterError
 
 #: Kept free for headers, catalog generations and the journal: a full disk must not stop their commits.
 MARGIN_BYTES = 4 << 20
+
+
+@dataclass(slots=True, eq=False)
+class _Reservation:
+    """``size`` bytes promised, ``announced`` of them about to be written, ``written`` of them on the disk already."""
+
+    size: int = 0
+    announced: int = 0
+    written: int = 0
 
 
 class Space:
@@ -22,11 +32,11 @@ class Space:
         self._quota = quota_bytes
         self._used = used
         self._lock = threading.Lock()
-        self._reservations: dict[object, int] = {}
+        self._reservations: list[_Reservation] = []
 
     def reserved(self) -> int:
-        """Bytes promised to writes under way."""
-        return sum(list(self._reservations.values()))
+        """Bytes promised to writes under way, written or not."""
+        return sum(reservation.size for reservation in list(self._reservations))
 
     def free(self) -> int:
         """Bytes that the file system has for us."""
@@ -35,35 +45,43 @@ class Space:
 
     @contextlib.contextmanager
     def reserve(self, size: int) -> Iterator[Callable[[int], None]]:
-        """Hold ``size`` bytes for the block; the value given raises the reservation to a total, if it is more."""
-        token = object()
+        """Hold ``size`` bytes for the block. The value given is told each total before the bytes up to it are written.
+
+        TooLargeError when it can never fit, TryLaterError when it does not fit now.
+        """
+        reservation = _Reservation()
 
         def grow(total: int) -> None:
             with self._lock:
-                if total > self._reservations.get(token, 0):
-                    self._require(total - self._reservations.get(token, 0), total)
-                    self._reservations[token] = total
+                if total > reservation.size:
+                    self._require(total, reservation)
+                    reservation.size = total
+                reservation.written, reservation.announced = reservation.announced, total
 
-        grow(size)
+        with self._lock:
+            self._require(size, reservation)
+            reservation.size = size
+            self._reservations.append(reservation)
         try:
             yield grow
         finally:
             with self._lock:
-                self._reservations.pop(token, None)
+                self._reservations.remove(reservation)
 
-    def _require(self, more: int, total: int) -> None:
+    def _require(self, total: int, reservation: _Reservation) -> None:
         if total > self._quota:
             raise TooLargeError(
                 f"cannot store: {total} bytes are more than the quota of {self._quota}", hint="raise the store's quota"
             )
+        more = total - reservation.size
         if self._used() + self.reserved() + more > self._quota:
             raise TryLaterError(
                 f"cannot store: the quota of {self._quota} bytes is used up",
                 hint="remove a model, run 'edge-agent store gc', or raise the store's quota",
             )
-        # What others reserved may be written already; counting it twice errs on the safe side.
-        if self.free() < self.reserved() + more + MARGIN_BYTES:
+        unwritten = sum(max(0, other.size - other.written) for other in self._reservations)
+        if self.free() < unwritten + more + MARGIN_BYTES:
             raise TryLaterError(
                 f"cannot store: the disk has {self.free()} bytes free",
-                hint="free space on the disk of the state folder",
+                hint="free space where the state folder is",
             )

@@ -25,17 +25,18 @@ from agent.base.errors import ConflictError, DamagedError, NotFoundError, PeerEr
 from agent.base.files import exclusive_lock, fsync_directory
 from agent.store import stream
 from agent.store.age import FILE_KEY_BYTES, AgeError
-from agent.store.blobs import Blobs, pieces_of
+from agent.store.blobs import Blobs, Draft, pieces_of
 from agent.store.catalog import Catalog, Generation
-from agent.store.document import BlobRef, CatalogDocument, encode, marked, with_refs
+from agent.store.doctor import Finding, Snapshot, diagnose
+from agent.store.document import BlobRef, CatalogDocument, blank_ref, encode, marked, with_refs
 from agent.store.faults import storage
+from agent.store.headers import file_key, put_header, reseal
 from agent.store.keys import FILE_NEXT, DeviceSecret, Keys
 from agent.store.memory import Plaintext
 from agent.store.reports import DamagedBlob, GcReport, Progress, RotateReport, StoreStats, VerifyReport
-from agent.store.sealing import SALT_BYTES, Purpose, blob_purpose, key_id_of, seal, unseal
 from agent.store.space import Space
 from agent.store.stream import NONCE_BYTES, Bytes
-from agent.store.sweep import reached, unreached
+from agent.store.sweep import foreign, reached, unreached
 
 _log = logging.getLogger("agent.store")
 
@@ -88,7 +89,7 @@ class Store:
             held.enter_context(exclusive_lock(self.root / "lock"))
             self._catalog.prepare()
             self._blobs.prepare()
-            secrets_found = self._keys.load(create=not self._catalog.numbers())
+            secrets_found = self._keys.load(create=self._catalog.is_new())
             self._ring = {secret.key_id: secret for secret in reversed(secrets_found)}
             self._recover(secrets_found[0])
         return self
@@ -139,25 +140,30 @@ class Store:
         TryLaterError when quota or disk are short; then nothing is left.
         """
         self._now()
-        pieces = pieces_of(source) if isinstance(source, int) else source
-        hint = _size_of(source) if size_hint is None and isinstance(source, int) else size_hint or 0
-        file_key, nonce = self._random(FILE_KEY_BYTES), self._random(NONCE_BYTES)
+        identity = blank_ref(model, version, part)
+        hint = _size_of(source) if size_hint is None else size_hint
+        key, nonce = self._random(FILE_KEY_BYTES), self._random(NONCE_BYTES)
         with (
             storage(f"cannot add {part}"),
             self._space.reserve(stream.payload_size(hint)) as grow,
-            self._blobs.draft(pieces, file_key, nonce, grow) as draft,
+            self._blobs.draft(pieces_of(source), key, nonce, grow) as draft,
         ):
             if expected_sha256 not in (None, draft.sha256):
                 raise PeerError(f"cannot add {part}: its SHA-256 is {draft.sha256}, {expected_sha256} expected")
-            with self._lock:
-                ref = BlobRef(
-                    payload=draft.payload, header="unsealed", size=draft.size, sha256=draft.sha256,
-                    payload_size=draft.payload_size, model=model, version=version, part=part,
-                )  # fmt: skip
-                self._blobs.keep(draft)
-                ref = self._seal(ref, file_key, self.secret)
-                self._pending[ref.payload] = ref
-        return ref
+            found = {name: getattr(draft, name) for name in ("payload", "payload_size", "size", "sha256")}
+            return self._keep(draft, identity.model_copy(update=found), key)
+
+    def _keep(self, draft: Draft, ref: BlobRef, key: bytes) -> BlobRef:
+        """Give a draft its name and header. Under the lock: no sweep comes between, and no rotation."""
+        with self._lock:
+            self._blobs.keep(draft)
+            try:
+                sealed = put_header(self._blobs, ref, key, self.secret, self._random)
+            except BaseException:
+                self._blobs.delete(ref.payload)
+                raise
+            self._pending[ref.payload] = sealed
+        return sealed
 
     def discard(self, refs: Iterable[BlobRef]) -> None:
         """Give up blobs that were added and not committed; harmless for others."""
@@ -176,7 +182,7 @@ class Store:
         """
         current = self._renewed(ref)
         try:
-            return self._blobs.decrypt(current.payload, current.payload_size, self._file_key(current))
+            return self._blobs.decrypt(current, file_key(self._blobs, current, self._ring))
         except AgeError as error:
             renewed = self._renewed(ref)
             if renewed != current:  # the key was rotated in between
@@ -235,10 +241,11 @@ class Store:
         damaged: dict[BlobRef, str] = {}
         for ref in refs:
             try:
-                self._file_key(ref)
-                self._blobs.check(ref.payload, ref.payload_size, advance)
+                file_key(self._blobs, ref, self._ring)
+                self._blobs.check(ref, advance)
             except AgeError as error:
-                damaged[ref] = str(error)
+                if self._reaches(ref):  # else it was removed or its header moved on meanwhile
+                    damaged[ref] = str(error)
         self._mark(damaged, [ref for ref in refs if ref not in damaged])
         return VerifyReport(len(refs), total, tuple(DamagedBlob(ref, reason) for ref, reason in damaged.items()))
 
@@ -254,7 +261,7 @@ class Store:
             old = self._now().key_id
             target = self._keys.next_secret(old)
             self._ring = {**self._ring, target.key_id: target}
-            renewed, damaged = self._reseal(target, progress)
+            renewed, damaged = reseal(self._blobs, self.document.refs(), self._ring, target, self._random, progress)
             if renewed or old != target.key_id:
                 self._commit(lambda document: with_refs(document, renewed), target)
             if self._previous and self._previous.key_id != target.key_id:
@@ -287,6 +294,22 @@ class Store:
             key_id=self.secret.key_id,
             key_source=self.secret.source,
         )
+
+    def doctor(self) -> tuple[Finding, ...]:
+        """What is not as it should be, and what mends it."""
+        folders = [self.root, self.root / "blobs", self.root / "catalog"]
+        with storage("cannot examine store"):
+            return diagnose(
+                Snapshot(
+                    document=self.document,
+                    secret=self.secret,
+                    secrets=self._ring.values(),
+                    notes=self.notes,
+                    modes={str(folder): folder.stat().st_mode for folder in folders},
+                    foreign=foreign(self._blobs.files()),
+                    unreached_bytes=self.stats().unreached_bytes,
+                )
+            )
 
     # Within
 
@@ -325,7 +348,10 @@ class Store:
             self._current, self._previous = saved, now
             for ref in saved.document.refs():
                 self._pending.pop(ref.payload, None)
+        try:
             self._catalog.sweep([saved.number, now.number])
+        except OSError as error:  # it is committed all the same; the next commit or opening sweeps
+            _log.warning("store: old generations stay: %s", error)
         return saved.document
 
     def _require_durable(self, old: CatalogDocument, new: CatalogDocument) -> None:
@@ -337,43 +363,17 @@ class Store:
                         f"cannot save catalog: blob of {ref.model} {ref.version} {ref.part} is not here"
                     )
 
-    def _seal(self, ref: BlobRef, file_key: bytes, secret: DeviceSecret) -> BlobRef:
-        header = seal(file_key, secret.key_id, secret.kek, _purpose(ref), self._random(SALT_BYTES))
-        return ref.model_copy(update={"header": self._blobs.put_header(ref.payload, header)})
-
-    def _file_key(self, ref: BlobRef) -> bytes:
-        header = self._blobs.header(ref.header)
-        key_id = key_id_of(header)
-        secret = self._ring.get(key_id)
-        if secret is None:
-            raise AgeError(f"sealed under key {key_id}, which this device does not have")
-        return unseal(header, key_id, secret.kek, _purpose(ref))
-
     def _renewed(self, ref: BlobRef) -> BlobRef:
         """The reference as the catalog has it now: a rotation changes its header. NotFoundError when it has none."""
-        pending = self._pending.get(ref.payload)
-        if pending == ref:
+        if self._pending.get(ref.payload) == ref:
             return ref
-        model = self.document.models.get(ref.model)
-        version = model.versions.get(ref.version) if model else None
-        found = version.blobs.get(ref.part) if version else None
+        found = self.document.find(ref.model, ref.version, ref.part)
         if found is None or found.payload != ref.payload:
             raise NotFoundError(f"cannot read {ref.model} {ref.version} {ref.part}: the catalog no longer has it")
         return found
 
-    def _reseal(self, target: DeviceSecret, progress: Progress) -> tuple[dict[BlobRef, BlobRef], list[DamagedBlob]]:
-        """New headers for every blob not yet under ``target``. What does not open keeps its old one and is reported."""
-        renewed: dict[BlobRef, BlobRef] = {}
-        damaged: list[DamagedBlob] = []
-        refs = list(self.document.refs())
-        for done, ref in enumerate(refs, 1):
-            try:
-                if key_id_of(self._blobs.header(ref.header)) != target.key_id:
-                    renewed[ref] = self._seal(ref, self._file_key(ref), target)
-            except AgeError as error:
-                damaged.append(DamagedBlob(ref, str(error)))
-            progress(done, len(refs))
-        return renewed, damaged
+    def _reaches(self, ref: BlobRef) -> bool:
+        return self.document.find(ref.model, ref.version, ref.part) == ref
 
     def _mark(self, damaged: dict[BlobRef, str], whole: Iterable[BlobRef]) -> None:
         """Write into the catalog which blobs are damaged and which are not. Never hides the error that led here."""
@@ -396,13 +396,12 @@ class Store:
         return sum(self._blobs.files().values())
 
 
-def _purpose(ref: BlobRef) -> Purpose:
-    return blob_purpose(ref.model, ref.version, ref.part, ref.size, ref.payload)
-
-
-def _size_of(fd: int) -> int:
+def _size_of(source: int | Iterable[Bytes]) -> int:
+    """How much of a regular file is to come; nothing is known of other sources."""
+    if not isinstance(source, int):
+        return 0
     try:
-        status = os.fstat(fd)
+        status = os.fstat(source)
+        return status.st_size - os.lseek(source, 0, os.SEEK_CUR) if stat.S_ISREG(status.st_mode) else 0
     except OSError as error:
         raise PeerError(f"cannot read source: {error.strerror}") from error
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0
