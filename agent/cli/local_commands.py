@@ -140,7 +140,7 @@ def check_model(arguments: argparse.Namespace, paths: Paths) -> int:
     headroom = memory_headroom_mb(facts, profile.memory_share)
     verdicts = candidates(manifest, facts, profile.providers, inventory, headroom)
     ranked = accepted(verdicts)
-    document = explain(manifest, verdicts, rank_by_prior(ranked, facts, profile), None, facts, profile.id)
+    document = explain(manifest, verdicts, rank_by_prior(ranked, facts, profile), None, facts, profile)
     document |= {"runs": bool(ranked), "assumed_runtimes": inventory.assumed}
     if arguments.json:
         print_json(document)

@@ -117,7 +117,7 @@ class VariantChooser:
         priors = rank_by_prior(accepted(verdicts), device.facts, device.profile)
         measurements = self._measure(manifest, blobs, priors, keys, known, shapes, headroom, progress)
         decision = choose(manifest.policy, measurements, priors)
-        document = explain(manifest, verdicts, priors, decision, device.facts, device.profile.id)
+        document = explain(manifest, verdicts, priors, decision, device.facts, device.profile)
         return Choice(
             chosen=decision.winner,
             document={"order": _order(decision, priors), "explain": document},
@@ -213,7 +213,7 @@ class VariantChooser:
 
     def _with_energy(self, measurement: Measurement) -> Measurement:
         """Joules estimated from the profile's watts where no sensor told."""
-        watts = self._device.profile.load_watts
+        watts = self._device.profile.watts_load
         if measurement.joules is not None or watts is None or not measurement.p50_ms:
             return measurement
         joules = estimated_joules(watts, measurement.p50_ms)
