@@ -192,6 +192,7 @@ class Engine:
         return self._answer(served, request, deadline)
 
     async def _answer(self, served: Served, request: InferRequest, deadline: float) -> InferResponse:
+        _require_options(served)
         check_inputs(served.inputs, request.inputs)  # a wrong request must not cost a load
         waiting = self._waiting.get(served.model, 0)
         if waiting >= self._limits.queue_per_model:
@@ -276,8 +277,7 @@ class Engine:
 
     async def _load(self, served: Served) -> Loaded:
         key = (served.model, served.version)
-        if not served.options:
-            raise DamagedError(f"model '{served.model}': {served.reason or 'no variant can answer'}")
+        _require_options(served)
         failures: list[str] = []
         for option in served.options:
             await self._make_room(option.need_mb)
@@ -338,6 +338,11 @@ class Engine:
         loaded.busy -= 1
         if loaded.retired and not loaded.busy:
             loaded.session.close()
+
+
+def _require_options(served: Served) -> None:
+    if not served.options:
+        raise DamagedError(f"model '{served.model}': {served.reason or 'no variant can answer'}")
 
 
 async def _before(deadline: float, work: Awaitable[_T]) -> _T:
