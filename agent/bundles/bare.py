@@ -34,7 +34,7 @@ def describe(descriptor: int, *, file_name: str = "", name: str | None = None) -
         raise PeerError("cannot read model file: it is empty")
     if status.st_size > MAX_FILE_BYTES:
         raise TooLargeError(f"cannot read model file: {status.st_size} bytes, {MAX_FILE_BYTES} fit")
-    _refuse_other_kinds(os.pread(descriptor, HEAD_BYTES, 0))
+    refuse_other_kinds(os.pread(descriptor, HEAD_BYTES, 0))
     signature = read_signature(descriptor, status.st_size)
     digest = _sha256(descriptor, status.st_size)
     model = name if name is not None else name_from(file_name)
@@ -83,7 +83,8 @@ def _manifest(name: str, signature: Signature, sha256: str, size: int) -> Manife
         raise PeerError(f"cannot describe model file as {name!r}: {field}: {problem['msg']}", hint=hint) from error
 
 
-def _refuse_other_kinds(head: bytes) -> None:
+def refuse_other_kinds(head: bytes) -> None:
+    """PeerError or UnsupportedError that names what the file is, where its first bytes tell that it is no ONNX."""
     kind = kind_of(head)
     if kind == "tflite":
         raise UnsupportedError(

@@ -159,7 +159,7 @@ def _row(packed: Packed, variant: Variant) -> tuple[object, ...]:
 
 
 def _number(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else ""
+    return f"{value:.5f}" if isinstance(value, float) else ""
 
 
 if __name__ == "__main__":
