@@ -13,9 +13,10 @@ from typing import Any
 from urllib.parse import quote
 
 from agent.base.config import Paths
+from agent.base.datatypes import ITEM_SIZE, NUMPY_NAME
 from agent.base.errors import AgentError, PeerError
 from agent.cli.local_commands import check_model
-from agent.cli.terminal import EXIT_FAILED, Progress, megabytes, print_error, print_json, print_table
+from agent.cli.terminal import EXIT_FAILED, Progress, megabytes, print_json, print_table
 from agent.client import AdminClient
 
 _Commands = Any  # argparse's subparsers action is generic in a private class
@@ -296,8 +297,10 @@ def _store_rotate(arguments: argparse.Namespace, paths: Paths) -> int:
 def _infer(arguments: argparse.Namespace, paths: Paths) -> int:
     from agent.client import Client  # noqa: PLC0415 - brings numpy in
 
-    inputs = dict(_read_input(text) for text in arguments.input)
     with Client(str(paths.infer_socket)) as client:
+        signature = client.metadata(arguments.model, arguments.model_version)["inputs"]
+        datatypes = {spec["name"]: spec["datatype"] for spec in signature}
+        inputs = dict(_read_input(text, datatypes) for text in arguments.input)
         result = client.infer(arguments.model, inputs, version=arguments.model_version)
     if arguments.json:
         outputs = {name: _plain(array) for name, array in result.items()}
@@ -318,8 +321,8 @@ def _infer(arguments: argparse.Namespace, paths: Paths) -> int:
     return 0
 
 
-def _read_input(text: str) -> tuple[str, Any]:
-    """``NAME=FILE`` as a name and an array."""
+def _read_input(text: str, datatypes: Mapping[str, str]) -> tuple[str, Any]:
+    """``NAME=FILE`` as a name and an array; JSON numbers take the datatype that the model declares."""
     import numpy as np  # noqa: PLC0415 - only for this command
 
     name, equals, file = text.partition("=")
@@ -329,14 +332,19 @@ def _read_input(text: str) -> tuple[str, Any]:
         if file.endswith(".npy"):
             return name, np.load(file, allow_pickle=False)
         data = json.load(sys.stdin) if file == "-" else json.loads(Path(file).read_text(encoding="utf-8"))
-        array = np.asarray(data)
-    except (OSError, ValueError) as error:
+        return name, _as_declared(np.asarray(data), datatypes.get(name))
+    except (OSError, ValueError, OverflowError) as error:
         raise PeerError(f"cannot read input '{name}' from {file}: {error}") from error
-    if array.dtype == np.float64:
-        array = array.astype(np.float32)  # JSON has one kind of fraction, models nearly always take fp32
+
+
+def _as_declared(array: Any, datatype: str | None) -> Any:
+    import numpy as np  # noqa: PLC0415 - as above
+
     if array.dtype.kind == "U":
-        array = np.asarray([element.encode() for element in array.reshape(-1)], dtype=object).reshape(array.shape)
-    return name, array
+        return np.asarray([element.encode() for element in array.reshape(-1)], dtype=object).reshape(array.shape)
+    if datatype in ITEM_SIZE and datatype != "BF16" and array.dtype.kind in "biuf":
+        return array.astype(NUMPY_NAME[datatype], casting="same_kind" if array.dtype.kind == "f" else "unsafe")
+    return array
 
 
 def _plain(array: Any) -> Any:
@@ -396,17 +404,14 @@ def _call(
 ) -> dict[str, Any]:
     """One call with its progress on the terminal. What kept a directory from being read explains core's refusal."""
     with Progress() as progress:
+        client = AdminClient(str(paths.admin_socket))
         try:
-            return AdminClient(str(paths.admin_socket)).call(
-                method, path, body, descriptors=descriptors, on_event=progress.event
-            )
+            answer: dict[str, Any] = client.call(method, path, body, descriptors=descriptors, on_event=progress.event)
         except AgentError as error:
             if source is not None and source.problem is not None:
-                if isinstance(source.problem, AgentError):
-                    raise source.problem from error
-                print_error(str(error))
                 raise source.problem from error
             raise
+    return answer
 
 
 def _shapes(texts: list[str]) -> dict[str, list[int]]:

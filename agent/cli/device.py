@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        print_error(f"cannot {arguments.command}: {error.strerror or error} ({error.filename or 'no file named'})")
+        what = f"open {error.filename}" if error.filename else f"run '{arguments.command}'"
+        print_error(f"cannot {what}: {error.strerror or error}")
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

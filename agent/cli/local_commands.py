@@ -137,7 +137,7 @@ def check_model(arguments: argparse.Namespace, paths: Paths) -> int:
     profiles, _ = load_profiles([shipped_profiles_dir(), paths.user_profiles])
     profile = choose_profile(facts, profiles)
     inventory = assumed_inventory(facts, profile.providers) if arguments.root else _live_inventory()
-    headroom = memory_headroom_mb(facts, profile.memory_share)
+    headroom = memory_headroom_mb(facts, profile)
     verdicts = candidates(manifest, facts, profile.providers, inventory, headroom)
     ranked = accepted(verdicts)
     document = explain(manifest, verdicts, rank_by_prior(ranked, facts, profile), None, facts, profile)

@@ -64,6 +64,10 @@ class ModelRules:
         self._rules = dict(rules or {})
         self._default = default
 
+    def replace(self, other: ModelRules) -> None:
+        """Hold what ``other`` holds from now on: a reload of the configuration."""
+        self._rules, self._default = other._rules, other._default
+
     def allowed(self, peer: Peer, model: str) -> bool:
         """Whether ``peer`` may see and use ``model``, existing or not."""
         rule = self._rules.get(model, self._default)
