@@ -51,6 +51,8 @@ PROVIDERS: Mapping[str, ProviderTraits] = MappingProxyType(
 )
 #: In every build of ONNX Runtime, and sends the tensors to a server: never a candidate.
 REMOTE_PROVIDERS = frozenset({"AzureExecutionProvider"})
+#: Accelerators whose driver comes with the board's own system: a recording without its device nodes tells nothing.
+DRIVER_COMES_WITH_SYSTEM = frozenset({"cuda", "dla"})
 #: The provider of a runtime that computes on the CPU and is always there.
 CPU_PROVIDER: Mapping[str, str] = MappingProxyType({"onnx": "CPUExecutionProvider", "tflite": "cpu"})
 
@@ -94,7 +96,7 @@ def assumed_inventory(
     """What an installation on a recorded board would have: ``providers`` is the profile's order, ``runtimes`` what the
     agent supports. Providers that need an accelerator are assumed only where the board has it."""
     arch = effective_arch(facts)
-    kinds = {accelerator.kind for accelerator in facts.accelerators if accelerator.usable is not False}
+    kinds = {a.kind for a in facts.accelerators if a.usable is not False or a.kind in DRIVER_COMES_WITH_SYSTEM}
     present: dict[str, InstalledRuntime] = {}
     absent: dict[str, str] = {}
     if "onnx" in runtimes and arch in ("aarch64", "x86_64"):

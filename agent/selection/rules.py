@@ -14,6 +14,7 @@ from agent.hardware.facts import Facts
 from agent.hardware.profiles import Profile, memory_budget_mb
 from agent.selection.inventory import (
     CPU_PROVIDER,
+    DRIVER_COMES_WITH_SYSTEM,
     PROVIDERS,
     REMOTE_PROVIDERS,
     InstalledRuntime,
@@ -276,13 +277,15 @@ def _accelerator(case: _Case) -> _Findings:
         yield f"needs the accelerator {wanted}, which {case.candidate.provider} does not use"
     kinds = dict.fromkeys(kind for kind in (traits.needs if traits else None, wanted) if kind)
     for kind in kinds:
-        yield from _has_accelerator(kind, case.facts)
+        yield from _has_accelerator(kind, case.facts, assumed=case.inventory.assumed)
 
 
-def _has_accelerator(kind: str, facts: Facts) -> _Findings:
+def _has_accelerator(kind: str, facts: Facts, *, assumed: bool) -> _Findings:
     found = [accelerator for accelerator in facts.accelerators if accelerator.kind == kind]
     if not found:
         yield f"this machine has no {kind}"
+    elif assumed and kind in DRIVER_COMES_WITH_SYSTEM:
+        yield _Note(f"assumes that the driver of the {kind} is there: the board's own system brings it")
     elif all(accelerator.usable is False for accelerator in found):
         yield f"the {kind} is there, its driver is not"
     elif not any(accelerator.usable for accelerator in found):
