@@ -57,28 +57,27 @@ _JETSON_WORDS = (
     ("tk1", "TK1"), ("jetson nano", "Nano"),
 )  # fmt: skip
 _JETSON_DLA = frozenset({"Xavier NX", "AGX Xavier", "Orin NX", "AGX Orin"})
-_PART = re.compile(r"p(\d{4})-(\d{4})")
+_PART = r"p(\d{4})-(\d{4})"
 
 
 @dataclass(frozen=True, slots=True)
 class SocAccelerator:
     """An accelerator that is part of the chip, and the names that show that its driver is loaded.
 
-    ``nodes`` are paths (one is enough); ``devfreq`` is a word in a name below ``sys/class/devfreq``.
+    ``where`` is a pattern of ``compatible`` entries; ``nodes`` are paths, of which one is enough; ``devfreq`` is a word
+    in a name below ``sys/class/devfreq``.
     """
 
     kind: str
-    where: re.Pattern[str]
+    where: str
     nodes: tuple[str, ...]
     devfreq: str = ""
 
 
 SOC_ACCELERATORS = (
-    SocAccelerator(
-        "rknpu", re.compile(r"rockchip,rk(3566|3568|3576|3588)[a-z]?\Z"), ("sys/kernel/debug/rknpu",), "npu"
-    ),
-    SocAccelerator("vsi-npu", re.compile(r"fsl,imx8mp\Z"), ("dev/galcore",)),
-    SocAccelerator("tidl", re.compile(r"ti,(j722s|am67a|j721e)\Z"), ("dev/rpmsg_ctrl0", "dev/remoteproc0")),
+    SocAccelerator("rknpu", r"rockchip,rk(3566|3568|3576|3588)[a-z]?", ("sys/kernel/debug/rknpu",), "npu"),
+    SocAccelerator("vsi-npu", r"fsl,imx8mp", ("dev/galcore",)),
+    SocAccelerator("tidl", r"ti,(j722s|am67a|j721e)", ("dev/rpmsg_ctrl0", "dev/remoteproc0")),
 )
 JETSON_CUDA = ("dev/nvhost-gpu", "dev/nvhost-ctrl-gpu", "dev/nvgpu", "dev/nvidia0")
 JETSON_DLA = ("dev/nvhost-nvdla0", "dev/nvhost-ctrl-nvdla0")
@@ -126,7 +125,7 @@ def _is_pi(model: str | None, compatible: Iterable[str], hardware: str | None) -
     return (
         any(entry.startswith("raspberrypi,") for entry in compatible)
         or (model or "").startswith("Raspberry Pi")
-        or re.match(r"BCM2[78]\d\d\Z", hardware or "") is not None
+        or re.fullmatch(r"BCM2[78]\d\d", hardware or "") is not None
     )
 
 
@@ -168,7 +167,7 @@ def _jetson_product(compatible: Sequence[str], model: str, part_hint: str | None
 
 
 def _product_by_part(text: str) -> str | None:
-    for number, sku in _PART.findall(text):
+    for number, sku in re.findall(_PART, text):
         product = _JETSON_PARTS.get(f"p{number}-{sku}") or _JETSON_PARTS.get(f"p{number}")
         if product:
             return product

@@ -38,7 +38,7 @@ _USUAL = {
     "x86": frozenset({"fpu", "tsc", "msr", "cx8", "cmov", "mmx", "fxsr", "sse", "sse2", "syscall", "lm", "pni"}),
 }
 _LINE_KEY = {"arm": "Features", "x86": "flags"}
-_HEX = re.compile(r"0x[0-9a-fA-F]{1,4}\Z")
+_HEX = r"0x[0-9a-fA-F]{1,4}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def features_of(info: CpuInfo, arch: str | None) -> dict[str, bool | None]:
 def _kind(block: Mapping[str, str], shared: Mapping[str, str]) -> tuple[int, int] | None:
     implementer = block.get("CPU implementer", shared.get("CPU implementer", ""))
     part = block.get("CPU part", shared.get("CPU part", ""))
-    if not _HEX.match(implementer) or not _HEX.match(part):
+    if not re.fullmatch(_HEX, implementer) or not re.fullmatch(_HEX, part):
         return None
     return int(implementer, 16), int(part, 16)
 

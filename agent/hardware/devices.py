@@ -5,6 +5,7 @@ Presence is one thing, use another: a Hailo or Coral without its driver's node i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ def accelerators(tree: Tree, compatible: Sequence[str], jetson: str | None) -> t
         if boards.jetson_has_dla(jetson):
             found.append(Accelerator("dla", _any_node(tree, boards.JETSON_DLA), "deep learning accelerator"))
     for soc in boards.SOC_ACCELERATORS:
-        chip = next((entry for entry in compatible if soc.where.match(entry)), None)
+        chip = next((entry for entry in compatible if re.fullmatch(soc.where, entry)), None)
         if chip:
             usable = _any_node(tree, soc.nodes)
             if not usable and soc.devfreq:

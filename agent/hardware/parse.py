@@ -11,10 +11,10 @@ from pathlib import PurePosixPath
 
 from agent.hardware.cpuinfo import MAX_CPU
 
-_MEMINFO = re.compile(r"^(\w+(?:\(\w+\))?):[ \t]+(\d{1,15}) kB[ \t]*$", re.MULTILINE)
-_RANGE = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?\Z")
-_THROTTLED = re.compile(r"(?:throttled=)?(?:0x)?([0-9a-fA-F]{1,8})\Z")
-_REV = re.compile(r"\s+Rev\s+\d+(?:\.\d+)?(?:\s.*)?\Z", re.DOTALL)
+_MEMINFO = r"(?m)^(\w+(?:\(\w+\))?):[ \t]+(\d{1,15}) kB[ \t]*$"
+_RANGE = r"(\d{1,5})(?:-(\d{1,5}))?"
+_THROTTLED = r"(?:throttled=)?(?:0x)?([0-9a-fA-F]{1,8})"
+_REV = r"(?s)\s+Rev\s+\d+(?:\.\d+)?(?:\s.*)?\Z"
 #: v1 says "no limit" with the largest page-aligned number, which depends on the page size.
 _UNLIMITED = 1 << 60
 #: Frequency capped, throttled, soft temperature limit: now. Bit 0 is under-voltage, bits 16 and up are the past.
@@ -27,7 +27,7 @@ def cpu_list(text: str | None) -> tuple[int, ...] | None:
         return None
     cpus: set[int] = set()
     for part in text.strip("\0 \t\r\n").split(","):
-        found = _RANGE.match(part)
+        found = re.fullmatch(_RANGE, part)
         if not found:
             return None
         first, last = int(found[1]), int(found[2] or found[1])
@@ -55,7 +55,7 @@ def hex_number(text: str | None, *, digits: int) -> int | None:
 def meminfo(text: str | None) -> dict[str, int]:
     """kB by name of the whole lines of ``proc/meminfo``; the first of a name counts."""
     values: dict[str, int] = {}
-    for name, value in _MEMINFO.findall((text or "")[: 1 << 16]):
+    for name, value in re.findall(_MEMINFO, (text or "")[: 1 << 16]):
         values.setdefault(name, int(value))
     return values
 
@@ -113,7 +113,7 @@ def celsius(text: str | None, *, zone: str = "") -> float | None:
 
 def throttle_word(text: str | None) -> int | None:
     """The Raspberry Pi firmware's word, as ``vcgencmd get_throttled`` or sysfs print it."""
-    found = _THROTTLED.match((text or "").strip("\0 \t\r\n"))
+    found = re.fullmatch(_THROTTLED, (text or "").strip("\0 \t\r\n"))
     return int(found[1], 16) if found else None
 
 
@@ -141,7 +141,7 @@ def _clean(data: bytes) -> str:
 
 def without_revision(model: str) -> str:
     """``Raspberry Pi 4 Model B Rev 1.4`` → ``Raspberry Pi 4 Model B``."""
-    return _REV.sub("", model)
+    return re.sub(_REV, "", model)
 
 
 def soc_of(compatible: Iterable[str]) -> str | None:

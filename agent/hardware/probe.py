@@ -20,7 +20,7 @@ from agent.hardware import boards, cgroup, cpuinfo, devices, parse
 from agent.hardware.auxv import confirm_features
 from agent.hardware.cores import LITTLE
 from agent.hardware.facts import Disk, Facts
-from agent.hardware.sensors import read_throttle_word, read_zones
+from agent.hardware.heat import read_throttle_word, read_zones
 from agent.hardware.tree import Tree
 
 _CPUS = "sys/devices/system/cpu"
@@ -106,7 +106,7 @@ def _cores(tree: Tree, info: cpuinfo.CpuInfo) -> _Cores:
     names = cpuinfo.core_names(kinds)
     features = cpuinfo.features_of(info, arch)
     if tree.live:
-        features = confirm_features(features, info, arch, tree.note)
+        features = confirm_features(features, info, arch, tree)
     frequencies = _numbers(tree, online, "cpufreq/cpuinfo_max_freq")
     little = (cpu for cpu, name in names.items() if name in LITTLE)
     big = parse.big_cores(online or (), _numbers(tree, online, "cpu_capacity"), kinds, little, frequencies)

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from agent.base.errors import ConfigError
-from agent.base.files import read_bounded
 from agent.hardware.cpuinfo import MAX_CPU
 from agent.hardware.facts import FEATURES, Facts
 from agent.hardware.toml_fields import Fields
@@ -27,7 +25,7 @@ from agent.hardware.toml_fields import Fields
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 _MAX_FILE = 1 << 16
 _MAX_FILES = 512
-_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
+_ID = r"[a-z0-9][a-z0-9._-]{0,63}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,6 @@ class Profile:
     watts_idle: float | None = None
     watts_load: float | None = None
     notes: tuple[Note, ...] = ()
-    sources: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     origin: str = "built in"
     #: The position of its folder; a later folder's board rules win.
     layer: int = 0
@@ -142,7 +139,8 @@ def read_profile(path: Path, *, layer: int = 0) -> Profile:
     try:
         if not path.is_file():
             raise ConfigError(f"cannot read profile {path}: not a file")
-        data = read_bounded(path, _MAX_FILE + 1)
+        with path.open("rb") as stream:
+            data = stream.read(_MAX_FILE + 1)
     except OSError as error:
         raise ConfigError(f"cannot read profile {path}: {error.strerror}") from error
     if len(data) > _MAX_FILE:
@@ -184,7 +182,7 @@ def _toml(data: bytes, origin: str) -> dict[str, Any]:
 
 def _profile(fields: Fields, origin: str, layer: int) -> Profile:
     identity = fields.text("id", required=True)
-    if identity and not _ID.match(identity):
+    if identity and not re.fullmatch(_ID, identity):
         fields.problem("id", "must be lower case letters, digits, '.', '_' and '-'")
     return Profile(
         id=identity,
@@ -204,7 +202,6 @@ def _profile(fields: Fields, origin: str, layer: int) -> Profile:
         watts_idle=fields.number("watts_idle", least=0.01, most=2000),
         watts_load=fields.number("watts_load", least=0.01, most=2000),
         notes=tuple(_note(entry) for entry in fields.tables("notes")),
-        sources=_sources(fields.table("sources")),
         origin=origin,
         layer=layer,
     )
@@ -247,10 +244,6 @@ def _note(table: Fields) -> Note:
     note = Note(table.text("text", required=True), table.text("source", required=True))
     table.close()
     return note
-
-
-def _sources(table: Fields | None) -> Mapping[str, str]:
-    return MappingProxyType({} if table is None else table.rest_of_texts())
 
 
 def choose_profile(facts: Facts, profiles: Iterable[Profile]) -> Profile:

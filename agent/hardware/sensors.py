@@ -8,22 +8,15 @@ hwmon/sysfs-interface.rst, power/powercap/powercap.rst, accounting/psi.rst.
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.hardware.facts import ThermalZone, TripPoint
-from agent.hardware.parse import available_kb, celsius, meminfo, number, pressure_avg10, throttle_word, throttled_now
+from agent.hardware.facts import ThermalZone
+from agent.hardware.heat import read_throttle_word, read_zones
+from agent.hardware.parse import available_kb, meminfo, number, pressure_avg10, throttled_now
 from agent.hardware.tree import Tree
 
-_ZONES = "sys/class/thermal"
-_MOST_ZONES = 64
-_SENSOR_OFF = "-256000"
-#: Where the Raspberry Pi firmware driver shows its word (``soc:firmware`` below the SoC's node).
-_PI_FIRMWARE = re.compile(r"soc(@[0-9a-f]+)?(:firmware)?\Z")
-_TRIP = re.compile(r"trip_point_(\d{1,2})_temp\Z")
 #: Rails of Jetson's INA3221 that carry everything: where one exists the others are parts of it.
 _INPUT_RAILS = frozenset({"VDD_IN", "POM_5V_IN", "5V_IN", "VIN", "VDD_TOTAL"})
 
@@ -78,62 +71,6 @@ def headroom(zones: Sequence[ThermalZone]) -> float | None:
         if trip.kind in {"passive", "hot", "critical"}
     ]
     return min(distances, default=None)
-
-
-def read_zones(tree: Tree) -> tuple[ThermalZone, ...]:
-    """Every thermal zone, with its trip points in ascending order."""
-    names = [name for name in tree.names(_ZONES) if re.fullmatch(r"thermal_zone\d{1,4}", name)]
-    return tuple(_zone(tree, f"{_ZONES}/{name}", name) for name in names[:_MOST_ZONES])
-
-
-def _zone(tree: Tree, path: str, name: str) -> ThermalZone:
-    kind = tree.line(f"{path}/type")
-    label = kind[:64] if kind and kind.isprintable() else name
-    text = tree.line(f"{path}/temp")
-    degrees = celsius(text, zone=label)
-    if degrees is None and text not in {None, _SENSOR_OFF, "100000"}:
-        tree.note(f"{path}/temp: {(text or '')[:16]!a} is not a temperature")
-    return ThermalZone(label, degrees, _trips(tree, path))
-
-
-def _trips(tree: Tree, path: str) -> tuple[TripPoint, ...]:
-    found: list[TripPoint] = []
-    for name in tree.names(path):
-        if match := _TRIP.match(name):
-            kind = tree.line(f"{path}/trip_point_{match[1]}_type")
-            degrees = celsius(tree.line(f"{path}/{name}"))
-            # A trip point of 0 or less is a disabled one.
-            if degrees is not None and degrees > 0 and kind and kind.isprintable():
-                found.append(TripPoint(kind[:32], degrees))
-    return tuple(sorted(found, key=lambda trip: trip.celsius))
-
-
-def read_throttle_word(tree: Tree) -> int | None:
-    """The Raspberry Pi firmware's throttle word: a recorded answer, sysfs, or ``vcgencmd`` where it is installed."""
-    recorded = tree.text("cmd/vcgencmd_get_throttled.txt") if not tree.live else None
-    if recorded is not None:
-        word = throttle_word(recorded)
-        if word is None:
-            tree.note("cmd/vcgencmd_get_throttled.txt: not a throttle word, ignored")
-        return word
-    for name in tree.names("sys/devices/platform"):
-        if _PI_FIRMWARE.match(name):
-            for path in (f"{name}/soc:firmware", name):
-                word = throttle_word(tree.line(f"sys/devices/platform/{path}/get_throttled"))
-                if word is not None:
-                    return word
-    return _ask_firmware() if tree.live and tree.exists("dev/vcio") else None
-
-
-def _ask_firmware() -> int | None:
-    tool = shutil.which("vcgencmd")
-    if tool is None:
-        return None
-    try:
-        done = subprocess.run([tool, "get_throttled"], capture_output=True, text=True, timeout=1, check=False)
-    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
-        return None
-    return throttle_word(done.stdout) if done.returncode == 0 else None
 
 
 def read_power(tree: Tree) -> float | None:

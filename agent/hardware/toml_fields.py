@@ -115,11 +115,6 @@ class Fields:
             return []
         return [Fields(entry, self._problems, f"{self._prefix}{name}[{i}].") for i, entry in enumerate(value)]
 
-    def rest_of_texts(self) -> dict[str, str]:
-        """All fields that are left, which must be texts."""
-        names = list(self._left)
-        return {name: self.text(name) for name in names}
-
     def problem(self, name: str, what: str) -> None:
         """Report something that only the caller can judge."""
         self._problems.append(f"{self._prefix}{name}: {what}")

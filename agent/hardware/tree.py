@@ -45,8 +45,8 @@ class Tree:
         if len(self._notes) < _MAX_NOTES:
             self._notes[text[:300]] = None
 
-    def read(self, path: str, limit: int = SMALL) -> bytes | None:
-        """The first ``limit`` bytes of a regular file; None when there is none to be had."""
+    def read(self, path: str, limit: int = SMALL, *, quiet: bool = False) -> bytes | None:
+        """The first ``limit`` bytes of a regular file; None when there is none (``quiet``: without a note)."""
         try:
             place = self._place(path)
             if place is None:
@@ -57,7 +57,8 @@ class Tree:
                 return None
             return self._read_place(path, place, limit)
         except OSError as error:
-            self._note_error(path, error)
+            if not quiet:
+                self._note_error(path, error)
             return None
 
     def text(self, path: str, limit: int = SMALL) -> str | None:
