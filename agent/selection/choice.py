@@ -158,7 +158,7 @@ def _reasons(
     return (f"{first} after a tie in {', '.join(alike)}" if alike else first,)
 
 
-#: Rounds before anything is decided, and rounds after which a candidate that is far behind need not run any more.
+#: Rounds before anything is decided; how far behind the fastest a candidate must surely be to run no more.
 FEWEST_ROUNDS = 9
 FAR_BEHIND = 1.25
 
@@ -197,7 +197,7 @@ def more_rounds_needed(
     """Whether another round could change the choice: asked by the trial after each round.
 
     No, once ``max_rounds`` are done, or when each candidate that may still win is either surely slower than the fastest
-    by more than the floor, or known to be alike with it as precisely as the floor asks. ``FEWEST_ROUNDS`` always run.
+    by more than the floor, or surely not. ``FEWEST_ROUNDS`` always run.
     """
     if done >= max_rounds:
         return False
@@ -209,11 +209,9 @@ def more_rounds_needed(
     if len(timed) < 2:
         return False
     best = min(timed, key=lambda m: (m.p50_ms or 0, m.candidate_id))
-    return any(_unsettled(compare_latency(m, best)) for m in timed if m is not best)
+    return any(_unsettled(compare_latency(m, best)) for m in timed if m.key != best.key)
 
 
 def _unsettled(seen: Comparison) -> bool:
-    """Neither surely different nor surely alike: the interval reaches across the line that separates the two."""
-    surely_slower = seen.low > 1 + seen.floor
-    surely_alike = seen.noise <= seen.floor and seen.high <= 1 + 2 * seen.floor
-    return not surely_slower and not surely_alike
+    """The interval reaches across the line that separates slower from alike: another round may move it to one side."""
+    return seen.low <= 1 + seen.floor <= seen.high

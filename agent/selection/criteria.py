@@ -158,12 +158,16 @@ def _latency_step(entries: list[Contestant]) -> list[Contestant] | None:
 def compare_latency(mine: Measurement, other: Measurement) -> Comparison:
     """``mine`` against ``other``: round by round within one session, else by p50 with a wide margin.
 
+    Equal keys are one file under two names: whatever difference shows between them is noise by definition.
     ValueError when one of them has no latency.
     """
     if not mine.p50_ms or not other.p50_ms:
         raise ValueError("cannot compare latencies: one was not measured")
     paired = compare_rounds(mine.round_ms, other.round_ms) if mine.session == other.session else None
-    return paired or compare_unpaired(mine.p50_ms, other.p50_ms)
+    seen = paired or compare_unpaired(mine.p50_ms, other.p50_ms)
+    if mine.key == other.key:
+        return replace(seen, noise=max(seen.noise, seen.ratio - 1, 1 / seen.ratio - 1))
+    return seen
 
 
 def _energy_step(entries: list[Contestant]) -> list[Contestant] | None:
@@ -236,5 +240,7 @@ def _note(entry: Contestant, best: Contestant, gap: Gap) -> bool:
     """Write the gap down; whether the candidate stays in."""
     if entry is best:
         gap = replace(gap, worse_by=0.0)
+    elif entry.measurement.key == best.measurement.key:
+        gap = replace(gap, noise=max(gap.noise, gap.worse_by))
     entry.gaps.append(gap)
     return gap.tie
