@@ -34,8 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (AgentError, OSError) as error:
+    except AgentError as error:
         print_error(error)
+        return EXIT_FAILED
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print_error(f"cannot {options.doing}: {error.strerror or error}{where}")
         return EXIT_FAILED
     except KeyboardInterrupt:
         print_error("interrupted")
@@ -50,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         help="make a .edgemodel from a folder, or from an fp32 model with data",
         description="SOURCE is a folder with a model.json, or an fp32 .onnx file of which the variants are made.",
     )
-    pack.set_defaults(run=_pack)
+    pack.set_defaults(run=_pack, doing="pack")
     pack.add_argument("source", metavar="SOURCE", type=Path)
     pack.add_argument("-o", "--out", metavar="FILE", type=Path, help="default: NAME-VERSION.edgemodel")
     pack.add_argument("--json", action="store_true", help="print the result as one JSON document")

@@ -65,10 +65,13 @@ _TECHNIQUE: dict[VariantId, tuple[Technique, ...]] = {
             parameters={
                 "to": "int8", "form": "QDQ", "ranges": "static", "calibration": "MinMax",
                 "per_channel": True, "activations": "uint8", "weights": "int8",
+                "reduce_range": False,
             },
         ),
     ),
-    "int8-dynamic": (Technique(name="quantized", parameters={"to": "int8", "ranges": "dynamic"}),),
+    "int8-dynamic": (
+        Technique(name="quantized", parameters={"to": "int8", "ranges": "dynamic", "reduce_range": False}),
+    ),
 }  # fmt: skip
 
 

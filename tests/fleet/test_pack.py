@@ -195,6 +195,7 @@ def test_what_cannot_be_packed_is_said_in_one_line(model: Path, capsys: pytest.C
     assert "no ONNX file" in failed("other.npz", capsys=capsys)
     assert "name" in failed(model, "--name", "Not A Name", capsys=capsys)
     assert "version" in failed(model, "--version", "one", capsys=capsys)
+    assert "cannot pack: No such file or directory" in failed(model, "-o", "nowhere/x.edgemodel", capsys=capsys)
     assert "needs --calibrate" in failed(model, "--variants", "int8-static", capsys=capsys)
     assert not [path for path in Path().iterdir() if path.name.endswith(".edgemodel") or path.name.startswith(".")]
 
