@@ -98,6 +98,10 @@ class Catalog:
                 f"cannot open catalog: {'; '.join(notes) or 'every generation is gone'}",
                 hint="restore the device secret if it was replaced; else move the store away, add the models again",
             )
+        if numbers == [1] and good and not self._pointer.exists():
+            # Cut off in the very first save: nothing is lost and nothing is odd.
+            self._point(good[0])
+            notes.clear()
         if good and pointed is not None and good[0].number != pointed:
             notes.append(f"catalog generation {pointed} is damaged, generation {good[0].number} is used instead")
         return Opened(good[0] if good else None, good[1] if len(good) > 1 else None, tuple(notes))
@@ -131,9 +135,12 @@ class Catalog:
             self._step("generation sealed")
             write_atomically(self._path(number), sealed)
             self._step("generation written")
-            write_atomically(self._pointer, f"{number} {generation.digest}\n".encode())
-            self._step("CURRENT swung")
+            self._point(generation)
         return generation
+
+    def _point(self, generation: Generation) -> None:
+        write_atomically(self._pointer, f"{generation.number} {generation.digest}\n".encode())
+        self._step("CURRENT swung")
 
     @contextlib.contextmanager
     def _restored_on_failure(self, number: int) -> Iterator[None]:
