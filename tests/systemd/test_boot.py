@@ -1,0 +1,171 @@
+"""The real units, started by a real systemd, with the real core in their sandbox.
+
+The container boots from this machine's own ``/usr`` with fresh ``/etc`` and ``/var`` in memory, so that it needs
+neither an image nor a network, and takes seconds. What happens inside is in ``booted.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import onnx_models
+
+ROOT = Path(__file__).resolve().parents[2]
+UNITS = ROOT / "systemd"
+PLACES = {
+    ".service": "/etc/systemd/system/{name}",
+    ".socket": "/etc/systemd/system/{name}",
+    ".target": "/etc/systemd/system/{name}",
+    ".sysusers": "/etc/sysusers.d/edge-agent.conf",
+    ".tmpfiles": "/etc/tmpfiles.d/edge-agent.conf",
+}
+AGENT = """#!/opt/edge-agent/bin/python
+import sys
+from agent.cli.device import main
+sys.exit(main())
+"""
+STORY = """[Unit]
+Wants=edge-agent.target
+After=edge-agent.target edge-agent-core.service
+[Service]
+Type=oneshot
+ExecStart=/usr/bin/python3 /opt/edge-agent/out/booted.py {story}
+ExecStopPost=systemctl --no-block poweroff
+"""
+#: nspawn's own filter is older than Landlock, and keeps containers from locking memory.
+FILTER = "landlock_create_ruleset landlock_add_rule landlock_restrict_self @memlock"
+
+pytestmark = pytest.mark.slow
+
+
+def _why_not() -> str:
+    if os.geteuid() != 0:
+        return "booting a container needs root"
+    if not shutil.which("systemd-nspawn"):
+        return "systemd-nspawn is not installed (package systemd-container)"
+    if not Path("/usr/lib/systemd/systemd").exists() and not Path("/lib/systemd/systemd").exists():
+        return "no systemd to boot"
+    if "/site-packages" not in sysconfig.get_paths()["purelib"] or sys.prefix == sys.base_prefix:
+        return "the packages are not in a virtual environment"
+    version = subprocess.run(
+        ["/usr/bin/python3", "-c", "import sys; print(*sys.version_info[:2])"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False,
+    ).stdout.split() if Path("/usr/bin/python3").exists() else []  # fmt: skip
+    if version != [str(part) for part in sys.version_info[:2]]:
+        return f"the packages are for Python {sys.version_info[0]}.{sys.version_info[1]}, not for /usr/bin/python3"
+    return ""
+
+
+@pytest.fixture
+def boot(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """Boot, let the story of that name happen, power off; what it saw."""
+    if reason := _why_not():
+        pytest.skip(reason)
+    installed, out = tmp_path / "opt", tmp_path / "opt" / "out"
+    _install(installed)
+    (out / "linear.onnx").write_bytes(onnx_models.linear())
+    shutil.copy(Path(__file__).with_name("booted.py"), out)
+    # Core runs as another user there: whatever our umask is, it must be able to read its program.
+    subprocess.run(["chmod", "-R", "a+rX", str(installed)], check=True)
+
+    def start(story: str) -> dict[str, Any]:
+        (tmp_path / "story.service").write_text(STORY.format(story=story))
+        console = _boot(tmp_path)
+        result = out / "result.json"
+        if not result.exists():
+            if "systemd" not in console[:4000] or "Welcome to" not in console:
+                pytest.skip(f"systemd-nspawn cannot boot here: {console[-300:]}")
+            pytest.fail(f"the story did not come to its end:\n{console}")
+        seen: dict[str, Any] = json.loads(result.read_text())
+        return seen
+
+    return start
+
+
+def _install(prefix: Path) -> None:
+    """An environment as in /opt/edge-agent: the system's Python, this checkout's agent, the packages that we run on."""
+    library = prefix / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    for folder in (library, prefix / "bin", prefix / "packages/site-packages", prefix / "out"):
+        folder.mkdir(parents=True)
+    (prefix / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
+    (prefix / "bin/python").symlink_to("/usr/bin/python3")
+    (prefix / "bin/edge-agent").write_text(AGENT)
+    (prefix / "bin/edge-agent").chmod(0o755)
+    # A path file and no link: hooks of an editable install in there must not lead back to the checkout.
+    (library / "story.pth").write_text("/opt/edge-agent/src\n/opt/edge-agent/packages/site-packages\n")
+    shutil.copytree(ROOT / "agent", prefix / "src/agent", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def _boot(tmp_path: Path) -> str:
+    binds = [f"--bind-ro={path}:{PLACES[path.suffix].format(name=path.name)}" for path in UNITS.iterdir()]
+    binds += [
+        f"--bind-ro={tmp_path / 'opt'}:/opt/edge-agent",
+        f"--bind-ro={sysconfig.get_paths()['purelib']}:/opt/edge-agent/packages/site-packages",
+        f"--bind={tmp_path / 'opt/out'}:/opt/edge-agent/out",
+        f"--bind-ro={tmp_path / 'story.service'}:/etc/systemd/system/story.service",
+        # It would ask for a key press at a first boot, which every boot of an empty /etc is.
+        "--bind-ro=/dev/null:/etc/systemd/system/systemd-firstboot.service",
+    ]
+    command = [
+        "systemd-nspawn", "--quiet", "--directory=/", "--volatile=yes", f"--machine=ea-{os.getpid()}",
+        "--register=no", "--keep-unit", "--private-network", f"--system-call-filter={FILTER}",
+        *binds, "--boot", "--", "--unit=story.service",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        try:
+            console, _ = process.communicate(timeout=150)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            console, _ = process.communicate()
+    return console.decode(errors="replace")
+
+
+def test_core_tries_stores_and_answers_inside_its_sandbox(boot: Callable[[str], dict[str, Any]]) -> None:
+    seen = boot("serving")
+    assert seen["ready"] == 200, seen["journal"]
+    assert seen["added"]["rc"] == 0, (seen["added"], seen["journal"])
+    status, answer = seen["answer"]
+    assert status == 200, (answer, seen["journal"])
+    assert answer["outputs"][0]["shape"] == [1, 4]
+    # The trial child came through the same sandbox, confined on top of it: nothing was missing for that.
+    assert "landlock" not in json.dumps(seen["doctor"]["json"]).lower() or seen["doctor"]["rc"] == 0
+    # Who may connect, and to what.
+    assert seen["app infers"][0] == 200
+    assert seen["app administers"] == "PermissionError"
+    assert seen["stranger infers"] == "PermissionError"
+    # A restart that nobody notices, a reload that holds at once, a stop that is clean.
+    assert seen["answer during restart"][1]["outputs"] == answer["outputs"]
+    assert seen["sockets kept"]
+    assert seen["reload"]["rc"] == 0, seen["reload"]
+    assert seen["app infers after denial"][0] == 403
+    assert seen["root infers after denial"] == 200
+    assert seen["result"].strip() == "success"
+    # Nothing that another user could read, nothing of the runtime's own making.
+    assert seen["uid"] != 0
+    for path, mode, uid in seen["files"]:
+        assert mode in {"0o600", "0o700", "0o400"}, path
+        assert uid == seen["uid"], path
+        assert ".cache" not in path
+
+
+def test_a_sealed_secret_is_used_and_one_sealed_with_nothing_refused(boot: Callable[[str], dict[str, Any]]) -> None:
+    seen = boot("sealed")
+    if seen["seal"]["rc"]:
+        pytest.skip(f"systemd-creds cannot seal here: {seen['seal']['err']}")
+    assert seen["start"]["rc"] == 0, seen["journal"]
+    assert seen["status"]["json"]["key_source"] == "credential"
+    assert not [path for path, _, _ in seen["files"] if "device-secret" in path], "no copy of it on the disk"
+    assert seen["start with nothing"]["rc"] != 0
+    assert "sealed with an empty key" in seen["journal"]
