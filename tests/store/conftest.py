@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -80,6 +82,14 @@ def reopened(store: Store) -> Store:
     """The same folder in a new store."""
     store.close()
     return Store(store.root, DeviceKeys(store.root.parent / "keys"), store.quota_bytes).open()
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    """A folder in memory where there is one: the tests that kill need no real disk, and its flushes would rule them."""
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="edge-agent-test-", dir=place) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
