@@ -78,7 +78,7 @@ class Installer:
                 return self._result(name, version, unchanged=True)
             refs = self._encrypt(manifest, files, progress)
         try:
-            choice = self._choose(manifest, refs, Known(), request.shapes or {}, progress)
+            choice = self._choose(manifest, refs, self._known(manifest), request.shapes or {}, progress)
             _require_choice(choice, f"cannot add model '{name}'")
             document = self._store.commit(lambda document: _with_version(document, manifest, refs, choice, self._now()))
         except BaseException:
@@ -160,17 +160,18 @@ class Installer:
         entry = model.versions.get(manifest.version) if model else None
         if entry is None:
             return None
-        if entry.manifest == manifest and not entry.damaged:
-            return model
-        if entry.manifest.files() == manifest.files() and entry.damaged:
-            raise ConflictError(
-                f"cannot add '{manifest.name}' {manifest.version}: it is installed and damaged",
-                hint=f"remove it first: edge-agent models remove {manifest.name} --version {manifest.version}",
-            )
+        if entry.manifest == manifest:
+            return None if entry.damaged else model  # adding a damaged version again mends it
         raise ConflictError(
             f"cannot add '{manifest.name}' {manifest.version}: another content has that version already",
             hint="give the new content a new version, or remove the old one first",
         )
+
+    def _known(self, manifest: Manifest) -> Known:
+        """What was measured of this very version before it was damaged."""
+        model = self._store.document.models.get(manifest.name)
+        entry = model.versions.get(manifest.version) if model else None
+        return Known(entry.measurements, entry.quarantine) if entry else Known()
 
     def _model(self, name: str) -> ModelEntry:
         model = self._store.document.models.get(name)
