@@ -76,7 +76,8 @@ chapter "1. What is this device?"
 
 chapter "2. Four variants of one model, made and measured on the operator's side"
 "$bin/edge-fleet" pack deploy/demo/digits.onnx --calibrate deploy/demo/digits-calibrate.npz \
-    --golden deploy/demo/digits-golden.npz -o "$folder/digits.edgemodel"
+    --golden deploy/demo/digits-golden.npz --metric cosine --threshold 0.99 \
+    --labels deploy/demo/digits-labels.txt -o "$folder/digits.edgemodel"
 
 chapter "3. The agent tries each of them here, and keeps them encrypted"
 start_core
