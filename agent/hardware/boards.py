@@ -57,7 +57,7 @@ _JETSON_WORDS = (
     ("tk1", "TK1"), ("jetson nano", "Nano"),
 )  # fmt: skip
 _JETSON_DLA = frozenset({"Xavier NX", "AGX Xavier", "Orin NX", "AGX Orin"})
-_PART = r"p(\d{4})-(\d{4})"
+_PART = r"(?a)p(\d{4})-(\d{4})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,9 @@ class SocAccelerator:
 
 
 SOC_ACCELERATORS = (
-    SocAccelerator("rknpu", r"rockchip,rk(3566|3568|3576|3588)[a-z]?", ("sys/kernel/debug/rknpu",), "npu"),
-    SocAccelerator("vsi-npu", r"fsl,imx8mp", ("dev/galcore",)),
-    SocAccelerator("tidl", r"ti,(j722s|am67a|j721e)", ("dev/rpmsg_ctrl0", "dev/remoteproc0")),
+    SocAccelerator("rknpu", r"rockchip,rk(3566|3568|3576|3588)[a-z]?(-.*)?", ("sys/kernel/debug/rknpu",), "npu"),
+    SocAccelerator("vsi-npu", r"fsl,imx8mp(-.*)?", ("dev/galcore",)),
+    SocAccelerator("tidl", r"ti,(j722s|am67a|j721e)(-.*)?", ("dev/rpmsg_ctrl0", "dev/remoteproc0")),
 )
 JETSON_CUDA = ("dev/nvhost-gpu", "dev/nvhost-ctrl-gpu", "dev/nvgpu", "dev/nvidia0")
 JETSON_DLA = ("dev/nvhost-nvdla0", "dev/nvhost-ctrl-nvdla0")
@@ -125,7 +125,7 @@ def _is_pi(model: str | None, compatible: Iterable[str], hardware: str | None) -
     return (
         any(entry.startswith("raspberrypi,") for entry in compatible)
         or (model or "").startswith("Raspberry Pi")
-        or re.fullmatch(r"BCM2[78]\d\d", hardware or "") is not None
+        or re.fullmatch(r"BCM2[78][0-9]{2}", hardware or "") is not None
     )
 
 

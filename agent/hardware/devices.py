@@ -50,7 +50,7 @@ def accelerators(tree: Tree, compatible: Sequence[str], jetson: str | None) -> t
         if chip:
             usable = _any_node(tree, soc.nodes)
             if not usable and soc.devfreq:
-                usable = any(soc.devfreq in name for name in tree.names("sys/class/devfreq")) or usable
+                usable = any(soc.devfreq in name.lower() for name in tree.names("sys/class/devfreq")) or usable
             found.append(Accelerator(soc.kind, usable, f"part of {chip}"))
     found.extend(_on_pci(tree))
     found.extend(_on_usb(tree))

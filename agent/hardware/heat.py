@@ -13,7 +13,7 @@ from agent.hardware.parse import celsius, throttle_word
 from agent.hardware.tree import Tree
 
 _ZONES = "sys/class/thermal"
-_MOST_ZONES = 64
+_MOST_ZONES, _MOST_TRIPS = 64, 16
 _SENSOR_OFF = "-256000"
 #: Where the Raspberry Pi firmware driver shows its word (``soc:firmware`` below the SoC's node).
 _PI_FIRMWARE = r"soc(@[0-9a-f]+)?(:firmware)?"
@@ -38,13 +38,13 @@ def _zone(tree: Tree, path: str, name: str) -> ThermalZone:
 
 def _trips(tree: Tree, path: str) -> tuple[TripPoint, ...]:
     found: list[TripPoint] = []
-    for name in tree.names(path):
-        if match := re.fullmatch(_TRIP, name):
-            kind = tree.line(f"{path}/trip_point_{match[1]}_type")
-            degrees = celsius(tree.line(f"{path}/{name}"))
-            # A trip point of 0 or less is a disabled one.
-            if degrees is not None and degrees > 0 and kind and kind.isprintable():
-                found.append(TripPoint(kind[:32], degrees))
+    trips = [match for name in tree.names(path) if (match := re.fullmatch(_TRIP, name))]
+    for match in trips[:_MOST_TRIPS]:
+        kind = tree.line(f"{path}/trip_point_{match[1]}_type")
+        degrees = celsius(tree.line(f"{path}/{match[0]}"))
+        # A trip point of 0 or less is a disabled one.
+        if degrees is not None and degrees > 0 and kind and kind.isprintable():
+            found.append(TripPoint(kind[:32], degrees))
     return tuple(sorted(found, key=lambda trip: trip.celsius))
 
 

@@ -11,8 +11,8 @@ from pathlib import PurePosixPath
 
 from agent.hardware.cpuinfo import MAX_CPU
 
-_MEMINFO = r"(?m)^(\w+(?:\(\w+\))?):[ \t]+(\d{1,15}) kB[ \t]*$"
-_RANGE = r"(\d{1,5})(?:-(\d{1,5}))?"
+_MEMINFO = r"(?am)^(\w+(?:\(\w+\))?):[ \t]+(\d{1,15}) kB[ \t]*$"
+_RANGE = r"(?a)(\d{1,5})(?:-(\d{1,5}))?"
 _THROTTLED = r"(?:throttled=)?(?:0x)?([0-9a-fA-F]{1,8})"
 _REV = r"(?s)\s+Rev\s+\d+(?:\.\d+)?(?:\s.*)?\Z"
 #: v1 says "no limit" with the largest page-aligned number, which depends on the page size.
@@ -78,7 +78,8 @@ def memory_limit(text: str | None) -> int | None:
 def cpu_quota(quota: str | None, period: str | None) -> float | None:
     """CPUs' worth of time a period; None for no quota (``max``, ``-1``) or nonsense."""
     share, length = number(quota), number(period)
-    return share / length if share and length else None
+    cpus = share / length if share and length else None
+    return cpus if cpus is not None and cpus <= MAX_CPU + 1 else None
 
 
 def cgroup_paths(text: str | None) -> dict[str, str]:
@@ -91,7 +92,7 @@ def cgroup_paths(text: str | None) -> dict[str, str]:
     for line in (text or "").split("\n"):
         identity, _, rest = line.partition(":")
         controllers, colon, path = rest.partition(":")
-        if not colon or not identity.isdigit() or not path.startswith("/"):
+        if not colon or not (identity.isascii() and identity.isdigit()) or not path.startswith("/"):
             continue
         if ".." in PurePosixPath(path).parts or path.endswith(" (deleted)") or path.count("/") > 64:
             continue
@@ -102,7 +103,7 @@ def cgroup_paths(text: str | None) -> dict[str, str]:
 
 def celsius(text: str | None, *, zone: str = "") -> float | None:
     """Millidegrees → degrees. None for text, for a sensor that is off (-256 °C) and for anything no chip survives."""
-    found = re.fullmatch(r"-?\d{1,10}", (text or "").strip("\0 \t\r\n"))
+    found = re.fullmatch(r"(?a)-?\d{1,10}", (text or "").strip("\0 \t\r\n"))
     if not found:
         return None
     degrees = int(found[0]) / 1000
@@ -113,7 +114,8 @@ def celsius(text: str | None, *, zone: str = "") -> float | None:
 
 def throttle_word(text: str | None) -> int | None:
     """The Raspberry Pi firmware's word, as ``vcgencmd get_throttled`` or sysfs print it."""
-    found = re.fullmatch(_THROTTLED, (text or "").strip("\0 \t\r\n"))
+    first = (text or "").strip("\0 \t\r\n").partition("\n")[0]
+    found = re.fullmatch(_THROTTLED, first.strip())
     return int(found[1], 16) if found else None
 
 
@@ -153,7 +155,7 @@ def soc_of(compatible: Iterable[str]) -> str | None:
     names = [name for entry in compatible if (name := entry.partition(",")[2])]
     while len(names) > 1:
         before, last = names[-2], names[-1]
-        family = re.search(r"\dx+\Z", last) or (before.startswith(last) and before[len(last) :].isdigit())
+        family = re.search(r"\dx\Z", last) or (before.startswith(last) and before[len(last) :].isdigit())
         if not family:
             break
         names.pop()
@@ -189,7 +191,7 @@ def big_cores(
 
 def l4t_release(text: str | None) -> str | None:
     """``35.3.1`` from ``etc/nv_tegra_release`` (``# R35 (release), REVISION: 3.1, …``)."""
-    found = re.match(r"#\s*R(\d{1,3})\s*\(release\),\s*REVISION:\s*([\d.]{1,16})", text or "")
+    found = re.match(r"(?a)#\s*R(\d{1,3})\s*\(release\),\s*REVISION:\s*([\d.]{1,16})", text or "")
     return f"{found[1]}.{found[2]}" if found else None
 
 
@@ -213,5 +215,5 @@ def os_name(text: str | None) -> str | None:
 
 def pressure_avg10(text: str | None, kind: str) -> float | None:
     """``avg10`` of the ``some`` or ``full`` line, in percent (Documentation/accounting/psi.rst)."""
-    found = re.search(rf"^{kind} avg10=(\d{{1,3}}\.\d+) ", text or "", re.MULTILINE)
+    found = re.search(rf"(?am)^{kind} avg10=(\d{{1,3}}\.\d+) ", text or "")
     return float(found[1]) if found else None

@@ -262,7 +262,7 @@ def _power_mode(tree: Tree) -> str | None:
     """nvpmodel's mode on a Jetson: what the command said, or what its state file and configuration say."""
     if not tree.live:
         return parse.power_mode(tree.text("cmd/nvpmodel_q.txt"))
-    found = re.match(r"pmode:(\d{1,4})", tree.line("var/lib/nvpmodel/status") or "")
+    found = re.match(r"pmode:([0-9]{1,4})", tree.line("var/lib/nvpmodel/status") or "")
     if not found:
         return None
     number = int(found[1])

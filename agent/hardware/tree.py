@@ -28,7 +28,7 @@ class Tree:
 
     def __init__(self, root: Path | None = None) -> None:
         """``root`` None is the live machine. No I/O is done here but the check that the root is a directory."""
-        if root is not None and not root.is_dir():
+        if root is not None and not os.path.isdir(root):
             raise NotFoundError(f"cannot detect below {root}: no such folder", hint="name the folder that holds proc/")
         self.live = root is None
         self._root = "" if root is None else os.path.realpath(root)
@@ -64,7 +64,7 @@ class Tree:
     def text(self, path: str, limit: int = SMALL) -> str | None:
         """The same, decoded; bytes that are not UTF-8 become U+FFFD, so that they never match a known word."""
         data = self.read(path, limit)
-        return None if data is None else data.decode("utf-8", "replace")
+        return None if data is None else data.decode("utf-8", "replace").replace("\r\n", "\n")
 
     def line(self, path: str) -> str | None:
         """A one-value file without the white space at its ends; None when it is absent or empty."""
