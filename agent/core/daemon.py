@@ -105,8 +105,14 @@ class Core:
             show=lambda document: self._operations.on_loop(lambda: self._show(document)),
             load=self._load_now,
         )
+        chooser = self._chooser()
         self._installer = Installer(
-            self._store, self._chooser(), serving, SystemClock(), unsigned=config.trust.unsigned
+            self._store,
+            chooser,
+            serving,
+            SystemClock(),
+            unsigned=config.trust.unsigned,
+            outdated=chooser.outdated,
         )
         self._maintenance = Maintenance(self._store, serving.show)
 
@@ -165,11 +171,12 @@ class Core:
         models = len(self._store.document.models)
         _LOG.info("ready after %.2f s: %d models, board %s", took, models, self._device.facts.board)
         self._notifier.ready(f"{models} models")
-        watchdog = asyncio.ensure_future(self._feed_watchdog())
+        tasks = [asyncio.ensure_future(self._feed_watchdog()), asyncio.ensure_future(self._review())]
         try:
             await self._stop.wait()
         finally:
-            watchdog.cancel()
+            for task in tasks:
+                task.cancel()
 
     async def _wind_down(self) -> None:
         self._notifier.stopping("draining")
@@ -186,6 +193,15 @@ class Core:
         while True:
             self._notifier.alive()
             await asyncio.sleep(interval)
+
+    async def _review(self) -> None:
+        """After a start runtime, power mode or configuration may be others than when the models were tried."""
+        if not self._store.document.models:
+            return
+        try:
+            await self._operations.run("review", self._installer.review, lambda event: None)
+        except AgentError as error:
+            _LOG.warning("models were not reviewed: %s", error)
 
     # -- what the parts call ------------------------------------------------------------------------------------------
 
@@ -224,6 +240,7 @@ class Core:
             "generation": self._store.document.generation,
             "models": self._engine.index(),
             "loaded": self._engine.loaded(),
+            "process": _process(),
             "under_way": self._operations.under_way,
             "health": health.verdict([*health.check_device(self._device), *health.check_store(self._store)]),
             "throttled": read_sensors().throttled_now,
@@ -246,6 +263,15 @@ class Core:
             except AgentError as error:
                 findings.append(health.from_error("core", error))
         return health.as_documents(findings)
+
+
+def _process() -> dict[str, float]:
+    """What this process takes: MB of resident memory, seconds of CPU time."""
+    import psutil  # noqa: PLC0415 - only status asks
+
+    own = psutil.Process()
+    times = own.cpu_times()
+    return {"rss_mb": round(own.memory_info().rss / MIB, 1), "cpu_s": round(times.user + times.system, 2)}
 
 
 def _make_private(paths: Paths) -> None:

@@ -152,10 +152,10 @@ class Engine:
             served = shelf.versions.get(key)
             if served is None or loaded.option.digest not in [option.digest for option in served.options]:
                 self._retire(loaded)
-            elif served.options[0].candidate != loaded.option.candidate and not loaded.degraded_because:
-                self._retire(loaded)  # another variant was chosen: the next request loads it
-            else:
-                loaded.served = served
+                continue
+            loaded.served = served
+            if served.options[0].candidate != loaded.option.candidate and not loaded.degraded_because:
+                self._begin_load(served)  # another variant was chosen: it takes over once it is loaded
 
     async def preload(self, name: str, version: str | None = None) -> Loaded:
         """Load now; returns when the version can answer. Raises what keeps it from doing so."""
@@ -263,12 +263,17 @@ class Engine:
             return loaded
         if self._closing:
             raise TryLaterError("cannot load model: the agent is stopping")
+        return await asyncio.shield(self._begin_load(served))
+
+    def _begin_load(self, served: Served) -> asyncio.Task[Loaded]:
+        """The load of that version under way, or a new one."""
+        key = (served.model, served.version)
         task = self._loading.get(key)
         if task is None:
             task = asyncio.get_running_loop().create_task(self._load(served))
             self._loading[key] = task
             task.add_done_callback(lambda done: self._loaded(key, done))
-        return await asyncio.shield(task)
+        return task
 
     def _loaded(self, key: Key, task: asyncio.Task[Loaded]) -> None:
         self._loading.pop(key, None)
@@ -296,6 +301,8 @@ class Engine:
             loaded = Loaded(key, served, option, session, because, last_used=time.monotonic())
             loaded.outputs = {spec.name: spec for spec in session.outputs}
             loaded.output_names = tuple(spec.name for spec in served.outputs)
+            if (before := self._hot.get(key)) is not None:
+                self._retire(before)
             self._hot[key] = loaded
             return loaded
         raise DamagedError(f"model '{served.model}': no variant can answer: {'; '.join(failures)}")

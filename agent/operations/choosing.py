@@ -23,7 +23,7 @@ from agent.selection.inventory import RuntimeInventory
 from agent.selection.measurements import Measurement, MeasurementKey, estimated_joules, measurement_key
 from agent.selection.prior import Prior, rank_by_prior
 from agent.selection.quarantine import Death, QuarantineState
-from agent.selection.rules import Candidate, Verdict, accepted, candidates
+from agent.selection.rules import Candidate, Verdict, accepted, candidate_of, candidates
 from agent.store.document import BlobRef
 
 Progress = Callable[[Mapping[str, Any]], None]
@@ -126,6 +126,16 @@ class VariantChooser:
             why=_why_not(decision, verdicts),
             hint="edge-agent models check FILE shows what each variant needs",
         )
+
+    def outdated(self, manifest: Manifest, known: Known, chosen: str | None) -> tuple[str, ...]:
+        """What has changed since the chosen candidate was measured: ``("runtime_version: 1.31.0 -> 1.32.0",)``."""
+        document = known.measurements.get(chosen or "")
+        if document is None:
+            return ("no variant was measured",)
+        measurement = Measurement.from_json(dict(document))
+        variant = manifest.variant(measurement.candidate_id.partition("@")[0])
+        now = self._key(candidate_of(variant, measurement.key.provider), self._device.inventory(), manifest)
+        return measurement.key.changes(now)
 
     def _verdicts(
         self, manifest: Manifest, inventory: RuntimeInventory, headroom: int, dead: Mapping[str, str]

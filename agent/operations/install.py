@@ -6,14 +6,15 @@ version wholly installed or not at all, and the one that answered before goes on
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal
 
 from agent.base.clock import Clock, iso
-from agent.base.errors import ConflictError, NotFoundError, PeerError, RefusedError, UnsupportedError
+from agent.base.errors import AgentError, ConflictError, NotFoundError, PeerError, RefusedError, UnsupportedError
 from agent.bundles import bare
 from agent.bundles.archive import BundleReader
 from agent.bundles.kinds import HEAD_BYTES, kind_of
@@ -23,6 +24,9 @@ from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEn
 from agent.store.store import Store
 
 Progress = Callable[[Mapping[str, Any]], None]
+#: (manifest, what is known, chosen candidate) -> what has changed since it was measured
+Outdated = Callable[[Manifest, Known, "str | None"], Sequence[str]]
+_LOG = logging.getLogger("edge_agent.operations")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +58,14 @@ class Installer:
         clock: Clock,
         *,
         unsigned: Literal["allow", "refuse"] = "allow",
+        outdated: Outdated = lambda manifest, known, chosen: (),
     ) -> None:
         self._store = store
         self._choose = choose
         self._serving = serving
         self._clock = clock
         self._unsigned = unsigned
+        self._outdated = outdated
 
     def add(self, request: AddRequest, progress: Progress) -> dict[str, Any]:
         """Install and activate; returns when the model answers. Raises why it will not, and nothing is left then."""
@@ -127,6 +133,23 @@ class Installer:
         self._serving.show(self._store.commit(lambda document: _with_choice(document, name, version, choice)))
         self._serving.load(name, version)
         return self._result(name, version)
+
+    def review(self, progress: Progress = lambda event: None) -> dict[str, list[str]]:
+        """Try anew every active version whose measurements no longer hold; what had changed, by model."""
+        changed: dict[str, list[str]] = {}
+        for name, model in self._store.document.models.items():
+            entry = model.versions[model.active] if model.active else None
+            if entry is None:
+                continue
+            known = Known(entry.measurements, entry.quarantine)
+            if outdated := self._outdated(entry.manifest, known, entry.chosen):
+                _LOG.info("model %s is tried again: %s", name, "; ".join(outdated))
+                changed[name] = list(outdated)
+                try:
+                    self.choose_again(name, progress, {})
+                except AgentError as error:
+                    _LOG.warning("model %s keeps its variant: %s", name, error)
+        return changed
 
     # -- within -------------------------------------------------------------------------------------------------------
 

@@ -293,6 +293,24 @@ def test_the_key_is_rotated_under_load_without_a_failed_request(running):
         client.infer("m", {"x": X})
 
 
+def test_what_was_measured_under_other_conditions_is_measured_again_after_a_restart(agent):
+    agent.config.write_text("[selection]\nthreads = 1\n")
+    agent.start()
+    agent.cli("models", "add", linear_file(agent.folder), "--name", "m")
+    before = agent.json("models", "explain", "m")["candidates"][0]["measured"]["key"]
+    agent.restart()
+    assert agent.json("models", "explain", "m")["candidates"][0]["measured"]["key"] == before
+    assert "tried again" not in agent.log.read_text()
+    agent.config.write_text("[selection]\nthreads = 2\n")
+    agent.restart()
+    deadline = time.monotonic() + 30
+    while agent.json("models", "explain", "m")["candidates"][0]["measured"]["key"] == before:
+        assert time.monotonic() < deadline
+        with agent.client() as client:  # it answers all the while
+            client.infer("m", {"x": X})
+    assert "threads: 1 -> 2" in agent.log.read_text()
+
+
 def test_a_second_daemon_on_the_same_state_is_refused(running):
     failed = running.cli("--run-dir", running.folder / "run2", "core", status=1)
     assert "another process has it" in failed.stderr
