@@ -68,8 +68,9 @@ class Plaintext:
 
     def __del__(self) -> None:
         if self.fd >= 0:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
-            self.close()
+            told = f"unclosed {self!r}"
+            self.close()  # first: the warning may be made an error
+            warnings.warn(told, ResourceWarning, stacklevel=1, source=self)
 
     def __repr__(self) -> str:
         return f"<Plaintext fd={self.fd} size={self.size}>"

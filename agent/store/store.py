@@ -168,6 +168,7 @@ class Store:
     def discard(self, refs: Iterable[BlobRef]) -> None:
         """Give up blobs that were added and not committed; harmless for others."""
         with self._lock, storage("cannot discard blobs"):
+            self._now()
             for ref in refs:
                 if self._pending.pop(ref.payload, None):
                     self._blobs.delete(ref.header)
@@ -377,19 +378,20 @@ class Store:
 
     def _mark(self, damaged: dict[BlobRef, str], whole: Iterable[BlobRef]) -> None:
         """Write into the catalog which blobs are damaged and which are not. Never hides the error that led here."""
-        for ref, reason in damaged.items():
-            _log.error("store: %s %s %s is damaged: %s", ref.model, ref.version, ref.part, reason)
         bad, good = frozenset(damaged), frozenset(whole)
         with self._lock:
             if self._changing or marked(self.document, bad, good) == self.document:
                 return
+            for ref, reason in damaged.items():
+                _log.error("store: %s %s %s is damaged: %s", ref.model, ref.version, ref.part, reason)
             try:
                 self.commit(lambda document: marked(document, bad, good))
             except (TryLaterError, DamagedError) as error:
                 _log.warning("store: damage is not recorded: %s", error)
 
     def _needed(self) -> list[frozenset[str]]:
-        kept = [generation.document.refs() for generation in (self._current, self._previous) if generation]
+        # A closed store needs nothing, so that a sweep would take all: ``_now`` refuses.
+        kept = [generation.document.refs() for generation in (self._now(), self._previous) if generation]
         return [reached(refs) for refs in [*kept, self._pending.values()]]
 
     def _used(self) -> int:

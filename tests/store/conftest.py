@@ -93,6 +93,6 @@ def memory_path() -> Iterator[Path]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "store", DeviceKeys(tmp_path / "keys"), 256 * MIB).open() as opened:
+def store(memory_path: Path) -> Iterator[Store]:
+    with Store(memory_path / "store", DeviceKeys(memory_path / "keys"), 256 * MIB).open() as opened:
         yield opened

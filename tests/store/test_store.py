@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
+import pyrage
 import pytest
 
 from agent.base.errors import ConflictError, DamagedError, NotFoundError, PeerError, TooLargeError, TryLaterError
+from agent.store.age import Identity, seal_x25519, write_header
+from agent.store.headers import file_key
 from agent.store.keys import DeviceKeys
 from agent.store.store import Store
-from agent.store.stream import CHUNK_BYTES
+from agent.store.stream import CHUNK_BYTES, SEALED_CHUNK_BYTES
 from tests.store.conftest import MIB, install, manifest, plain, reopened, with_version, without_model
 
 
@@ -167,6 +172,85 @@ def test_blobs_and_headers_of_two_variants_cannot_be_swapped(store: Store) -> No
         with pytest.raises(DamagedError):
             store.read(ref)
     assert len(store.verify().damaged) == 2
+
+
+@pytest.mark.parametrize("which", ["header", "payload"])
+def test_any_flipped_bit_cut_or_appendix_is_refused(store: Store, which: str) -> None:
+    """Every byte of the header; of the payload the nonce, the first bytes, the seams of the chunks and the end."""
+    (ref,) = install(store, "digits", "1.0.0", {"model.onnx": os.urandom(2 * CHUNK_BYTES + 50)})
+    path = store.root / "blobs" / getattr(ref, which)
+    good = path.read_bytes()
+    seam = 16 + SEALED_CHUNK_BYTES
+    places = range(len(good)) if which == "header" else [*range(20), *range(seam - 20, seam + 4), len(good) - 1]
+    wrong = [good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :] for place in places]
+    for data in [*wrong, good[:-1], good + b"x", b"", good[: len(good) // 2], good[::-1]]:
+        path.write_bytes(data)
+        with pytest.raises(DamagedError):
+            store.read(ref)
+    path.unlink()
+    with pytest.raises(DamagedError, match="No such file"):
+        store.read(ref)
+    assert [blob.ref for blob in store.verify().damaged] == [ref]
+    path.write_bytes(good)
+    store.read(ref).close()
+
+
+@pytest.mark.skipif(shutil.which("age") is None, reason="Debian's age is not installed (apt install age)")
+@pytest.mark.parametrize("size", [0, CHUNK_BYTES, 1_000_000])
+def test_a_payload_under_a_header_for_somebody_is_an_age_file(store: Store, tmp_path: Path, size: int) -> None:
+    data, somebody = os.urandom(size), Identity(os.urandom(32))
+    (ref,) = install(store, "digits", "1.0.0", {"model.onnx": data})
+    key = file_key(store._blobs, ref, store._ring)
+    (tmp_path / "header").write_bytes(write_header([seal_x25519(key, somebody.recipient(), os.urandom(32))], key))
+    (tmp_path / "identity").write_text(somebody.text())
+    command = 'cat "$0" "$1" | age -d -i "$2"'
+    files = [tmp_path / "header", store.root / "blobs" / ref.payload, tmp_path / "identity"]
+    opened = subprocess.run(["sh", "-c", command, *files], capture_output=True, check=True)
+    assert opened.stdout == data
+    theirs = pyrage.x25519.Identity.from_str(somebody.text())
+    assert pyrage.decrypt(b"".join(file.read_bytes() for file in files[:2]), [theirs]) == data
+
+
+def test_names_that_are_none_are_refused_before_anything_is_written(store: Store) -> None:
+    for model, version, part in (("Digits", "1.0.0", "m"), ("digits", "1", "m"), ("digits", "1.0.0", "a\nb")):
+        with pytest.raises(PeerError, match="cannot name a blob"):
+            store.add_blob(model, version, part, [b"x"])
+    with pytest.raises(PeerError, match="cannot read source"):
+        store.add_blob("digits", "1.0.0", "m", 999)
+    assert list((store.root / "blobs").iterdir()) == []
+
+
+def test_a_source_that_fails_halfway_leaves_nothing(store: Store) -> None:
+    def source():
+        yield bytes(100_000)
+        raise ConnectionResetError("peer went away")
+
+    with pytest.raises(PeerError, match="peer went away"):
+        store.add_blob("digits", "1.0.0", "m", source(), 200_000)
+    assert list((store.root / "blobs").iterdir()) == [] and store.stats().reserved_bytes == 0
+
+
+def test_a_closed_store_says_so(store: Store) -> None:
+    store.close()
+    for use in (lambda: store.document, lambda: store.add_blob("a", "1.0.0", "m", [b""]), store.gc, store.stats):
+        with pytest.raises(ConflictError, match="not open"):
+            use()
+
+
+def test_a_thousand_versions_commit_in_a_blink(store: Store) -> None:
+    ref = store.add_blob("m0", "1.0.0", "m.onnx", [b"x"])
+    one = with_version("m0", "1.0.0", {"m.onnx": b"x"}, [ref])(store.document).models["m0"]
+
+    def many(document):
+        models = {"m0": one}
+        for index in range(1, 1000):
+            entry = one.versions["1.0.0"].model_copy(update={"blobs": {}})
+            models[f"m{index}"] = one.model_copy(update={"versions": {"1.0.0": entry}})
+        return document.model_copy(update={"models": models})
+
+    assert len(store.commit(many).models) == 1000
+    with reopened(store) as again:
+        assert len(again.document.models) == 1000
 
 
 def test_the_key_rotates_by_headers_only(store: Store) -> None:
