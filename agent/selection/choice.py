@@ -11,6 +11,7 @@ exclude, and when they exclude all there is no winner.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -161,30 +162,39 @@ def _reasons(
 #: Rounds before anything is decided; how far behind the fastest a candidate must surely be to run no more.
 FEWEST_ROUNDS = 9
 FAR_BEHIND = 1.25
+#: Share of the latency limit below which a 95th percentile will not come to exceed it by mere noise.
+WELL_WITHIN = 0.8
 
 
 def contenders(policy: Policy, measurements: Sequence[Measurement], priors: Sequence[Prior] = ()) -> frozenset[str]:
     """The candidates that may still win, by id: a trial spares itself further rounds of the others.
 
-    Only what no further round can change drops out: a rejection, a quality below the limit, and with a policy for
-    latency or energy being surely ``FAR_BEHIND`` the fastest of those left. With a policy for accuracy or memory, whose
-    figures do not depend on rounds, it is being beaten in that.
+    Only what no further round is likely to change drops out: a rejection, a quality below the limit, a median over the
+    latency limit, and being beaten by a candidate that is well within the limits: for latency and energy surely
+    ``FAR_BEHIND`` it, for accuracy and memory, whose figures do not depend on rounds, beaten at all.
     """
     entries = [entry for entry in contestants(measurements, priors) if entry.measurement.ok]
     give_qualities(entries, priors)
-    no_latency_limit = policy.model_copy(update={"max_latency_ms": None})
-    left = [entry for entry in entries if not limits_broken(no_latency_limit, entry)]
+    limit = policy.max_latency_ms or math.inf
+    good_enough = policy.model_copy(update={"max_latency_ms": None})
+    left = [e for e in entries if not limits_broken(good_enough, e) and (e.measurement.p50_ms or 0) <= limit]
+    safe = [entry for entry in left if (entry.measurement.p95_ms or 0) <= WELL_WITHIN * limit]
+    if not safe:
+        return frozenset(entry.id for entry in left)
     if policy.prefer in ("latency", "energy"):
-        timed = [entry for entry in left if entry.measurement.p50_ms]
-        within = [entry for entry in timed if not limits_broken(policy, entry)]
-        if within:
-            best = min(within, key=lambda e: (e.measurement.p50_ms or 0, e.rank, e.id)).measurement
-            left = [
-                e for e in left if not e.measurement.p50_ms or compare_latency(e.measurement, best).low < FAR_BEHIND
-            ]
-    elif policy.max_latency_ms is None:
-        left = STEPS[policy.prefer](left) or left
-    return frozenset(entry.id for entry in left)
+        stay = [entry for entry in left if not _far_behind(entry, safe)]
+    else:
+        beaten_by_none = STEPS[policy.prefer]
+        stay = [entry for entry in left if entry in (beaten_by_none([*safe, entry]) or left)]
+    return frozenset(entry.id for entry in stay)
+
+
+def _far_behind(entry: Contestant, safe: Sequence[Contestant]) -> bool:
+    timed = [other for other in safe if other.measurement.p50_ms]
+    if not timed or not entry.measurement.p50_ms:
+        return False
+    fastest = min(timed, key=lambda other: (other.measurement.p50_ms or 0, other.rank, other.id))
+    return compare_latency(entry.measurement, fastest.measurement).low >= FAR_BEHIND
 
 
 def more_rounds_needed(

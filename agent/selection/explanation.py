@@ -55,7 +55,7 @@ def explain(
         "model": manifest.name,
         "version": manifest.version,
         "policy": _policy(manifest.policy),
-        "device": {"board": facts.board, "profile": profile.id, "arch": facts.arch},
+        "device": {"board": facts.board or facts.cpu_model, "profile": profile.id, "arch": facts.arch},
         "winner": decision.winner if decision else None,
         "decided_by": decision.decided_by if decision else None,
         "ties": list(decision.ties) if decision else [],
@@ -300,7 +300,7 @@ def _columns(document: Mapping[str, Any]) -> list[_Column]:
     ]
     metric = next((m["quality"]["metric"] for entry in entries if (m := entry["measured"]) and m["quality"]), None)
     if metric:
-        columns.append((metric[:10], max(6, len(metric[:10])), True, _quality))
+        columns.append((metric[:10], max(7, len(metric[:10])), True, _quality))
     if any((entry["measured"] or {}).get("joules") for entry in entries):
         columns.append(("mJ", 7, True, _millijoules))
     return columns

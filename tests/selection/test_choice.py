@@ -230,6 +230,15 @@ def test_rounds_that_a_policy_does_not_ask_about_are_not_run() -> None:
     assert contenders(policy("accuracy"), device.measurements()) == {"accurate"}
 
 
+def test_a_latency_limit_ends_the_trial_of_who_cannot_keep_it_and_of_whom_a_safe_one_beats() -> None:
+    device = Device(FLEET, 3, USUAL)
+    for _ in range(12):
+        device.run_round(frozenset(BY_ID))
+    assert contenders(policy("accuracy", max_latency_ms=7), device.measurements()) == {"fp32"}
+    assert contenders(policy("accuracy", max_latency_ms=4.8), device.measurements()) == {"fp32", "int8"}
+    assert contenders(policy("latency", max_latency_ms=1), device.measurements()) == frozenset()
+
+
 def test_the_number_of_rounds_is_bounded_both_ways() -> None:
     alike = [measured("a", 5), measured("b", 5)]
     assert more_rounds_needed(alike, 1, 40)
