@@ -335,6 +335,8 @@ def _flat(data: Any, shape: tuple[int, ...], label: str) -> list[Any]:
         if any(type(entry) is not list or len(entry) != size for entry in level):
             raise PeerError(f"{label}: data does not nest as shape {list(shape)} says (axis {axis})")
         level = list(itertools.chain.from_iterable(level))
+    if list in set(map(type, level)):
+        raise PeerError(f"{label}: data nests deeper than shape {list(shape)} says")
     return level
 
 

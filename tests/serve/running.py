@@ -99,7 +99,11 @@ def connect(path: Path) -> socket.socket:
     """A connected socket that gives up after PATIENCE_S."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(PATIENCE_S)
-    sock.connect(str(path))
+    try:
+        sock.connect(str(path))
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 
