@@ -133,6 +133,7 @@ class Core:
             most_rounds=selection.max_rounds,
             timeout_s=selection.trial_timeout_s,
             memory_mb=None if selection.trial_memory_mb == "auto" else selection.trial_memory_mb,
+            quarantine_after=selection.quarantine_after,
         )
         around = Surroundings(
             clock=SystemClock(), throttled=lambda: read_sensors().throttled_now, energy_j=EnergyMeter(), wait=time.sleep
@@ -167,6 +168,8 @@ class Core:
             (signal.SIGHUP, self._reload),
         ):
             loop.add_signal_handler(number, action)
+        for problem in self._device.problems:
+            _LOG.warning("profile ignored: %s", problem)
         took = time.monotonic() - self._started
         models = len(self._store.document.models)
         _LOG.info("ready after %.2f s: %d models, board %s", took, models, self._device.facts.board)

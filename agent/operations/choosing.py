@@ -67,6 +67,7 @@ class TrialSettings:
     most_rounds: int
     timeout_s: float
     memory_mb: int | None
+    quarantine_after: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,11 @@ class VariantChooser:
             candidate.id: self._key(candidate, inventory, manifest)
             for candidate in (v.candidate for v in self._verdicts(manifest, inventory, headroom, {}))
         }
-        dead = {name: reason for name, key in keys.items() if (reason := quarantine.reason(name, key))}
+        dead = {
+            name: reason
+            for name, key in keys.items()
+            if (reason := quarantine.reason(name, key, self._settings.quarantine_after))
+        }
         verdicts = self._verdicts(manifest, inventory, headroom, dead)
         priors = rank_by_prior(accepted(verdicts), device.facts, device.profile)
         measurements = self._measure(manifest, blobs, priors, keys, known, shapes, headroom, progress)

@@ -16,6 +16,8 @@ from agent.base.errors import DamagedError
 from agent.selection.measurements import MeasurementKey
 
 LIMIT = 3
+#: Deaths remembered of one candidate; the configuration's limit may be as high.
+_REMEMBERED = 100
 
 #: The failures that count; ``memory`` is the kernel's OOM killer or the child's own limit.
 Death = Literal["crash", "hang", "memory"]
@@ -41,18 +43,17 @@ class QuarantineState:
         """The state after one more death. Deaths under another key are forgotten."""
         record = self.records.get(name)
         before = record.deaths if record is not None and record.key == key else ()
-        # What reaches the limit counts as much as what goes beyond: the record stays small.
-        deaths = (*before, death)[-LIMIT:]
+        deaths = (*before, death)[-_REMEMBERED:]
         return QuarantineState({**self.records, name: Record(key, deaths)})
 
     def without(self, name: str) -> QuarantineState:
         """The state with that candidate forgiven: removed, or released by an operator."""
         return QuarantineState({other: record for other, record in self.records.items() if other != name})
 
-    def reason(self, name: str, key: MeasurementKey) -> str | None:
+    def reason(self, name: str, key: MeasurementKey, limit: int = LIMIT) -> str | None:
         """Why the candidate is quarantined under ``key``: ``crashed twice, hung once``; None when it is not."""
         record = self.records.get(name)
-        if record is None or record.key != key or len(record.deaths) < LIMIT:
+        if record is None or record.key != key or len(record.deaths) < limit:
             return None
         counts = {death: record.deaths.count(death) for death in dict.fromkeys(record.deaths)}
         said = [f"{_WORDS[death]} {_TIMES.get(count, f'{count} times')}" for death, count in counts.items()]

@@ -293,6 +293,54 @@ def test_the_key_is_rotated_under_load_without_a_failed_request(running):
         client.infer("m", {"x": X})
 
 
+def test_a_variant_that_hangs_again_and_again_is_quarantined_and_no_longer_tried(agent):
+    agent.config.write_text("[selection]\ntrial_timeout_s = 2\nquarantine_after = 2\n")
+    agent.start()
+    variants = {"fp32": ("fp32", onnx_models.linear()), "stuck": ("int8", onnx_models.endless())}
+    agent.cli("models", "add", bundle(agent.folder / "m.edgemodel", variants))
+
+    def stuck():
+        rows = agent.json("models", "explain", "m")["candidates"]
+        return next((row["outcome"], row["why"]) for row in rows if row["variant"] == "stuck")
+
+    outcome, why = stuck()
+    assert outcome == "rejected"
+    assert "hung" in why[0]
+    agent.cli("bench", "m")
+    assert stuck()[0] == "rejected"
+    agent.cli("bench", "m")
+    outcome, why = stuck()
+    assert outcome == "refused"
+    assert "hung twice" in " ".join(why)
+    with agent.client() as client:
+        assert client.infer("m", {"x": X}).parameters["variant"] == "fp32"
+
+
+def test_a_broken_profile_of_the_user_is_told_and_the_daemon_runs(agent):
+    agent.config.write_text("")
+    (agent.folder / "hw_profiles").mkdir()
+    (agent.folder / "hw_profiles" / "mine.toml").write_text('id = "mine"\ntitle = 3\n')
+    agent.start()
+    assert "mine.toml" in agent.log.read_text()
+    assert "title" in agent.cli("doctor").stdout
+    assert "title" in agent.cli("config", "check", status=1).stdout
+
+
+def test_strings_and_several_tensors_go_through_the_whole_daemon(running):
+    for name in ("strings", "two_in_two_out"):
+        path = running.folder / f"{name}.onnx"
+        path.write_bytes(getattr(onnx_models, name)())
+        running.cli("models", "add", path, "--name", name)
+    texts = np.array([b"one", "zwölf".encode(), b""], dtype=object)
+    with running.client() as client:
+        assert list(client.infer("strings", {"s": texts})["t"]) == list(texts)
+        both = {"a": np.ones((2, 3), np.float32), "flag": np.array([True, False])}
+        seen = client.infer("two_in_two_out", both)
+        np.testing.assert_array_equal(seen["sum"], 2 * both["a"])
+        np.testing.assert_array_equal(seen["not_flag"], [False, True])
+        assert list(client.infer("two_in_two_out", both, outputs=["not_flag"])) == ["not_flag"]
+
+
 def test_what_was_measured_under_other_conditions_is_measured_again_after_a_restart(agent):
     agent.config.write_text("[selection]\nthreads = 1\n")
     agent.start()
