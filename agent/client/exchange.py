@@ -185,7 +185,7 @@ def _chunks(data: bytes, on_line: Callable[[bytes], None] | None) -> Generator[S
     room = memoryview(bytearray(HEAD_BYTES))
     while True:
         end = raw.find(b"\r\n")
-        size = -1 if end < 0 else int(bytes(raw[:end]).partition(b";")[0], 16)
+        size = -1 if end < 0 else _chunk_size(bytes(raw[:end]))
         if size >= 0 and len(raw) >= end + 4 + size:
             body += raw[end + 2 : end + 2 + size]
             del raw[: end + 4 + size]
@@ -197,6 +197,13 @@ def _chunks(data: bytes, on_line: Callable[[bytes], None] | None) -> Generator[S
             continue
         count = yield from _receive(room, sent=True, first=False)
         raw += room[:count]
+
+
+def _chunk_size(line: bytes) -> int:
+    try:
+        return int(line.partition(b";")[0], 16)
+    except ValueError as error:
+        raise AgentError("cannot read the agent's answer: malformed chunk") from error
 
 
 def is_stale(sock: socket.socket) -> bool:

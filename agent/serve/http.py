@@ -149,7 +149,7 @@ class Connection:
             room = self._parser.room()
             if room is None:
                 return False
-            count = self._stream.read_into(room)
+            count = self._stream.read_into(room, self._owner.limits.descriptors)
             if not count:
                 self._end_of_input()
                 return True

@@ -81,18 +81,25 @@ class Stream:
         """What is there, at most READ_BYTES; empty at the end. More than ``descriptors`` descriptors: PeerError."""
         if not descriptors:
             return self._sock.recv(READ_BYTES)  # descriptors sent here are closed by the kernel
-        room = socket.CMSG_SPACE((descriptors + 1) * _INT)
-        data, control, flags, _ = self._sock.recvmsg(READ_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+        data, control, flags, _ = self._sock.recvmsg(READ_BYTES, _control_bytes(descriptors), socket.MSG_CMSG_CLOEXEC)
+        self._take(control, flags, descriptors)
+        return data
+
+    def read_into(self, room: memoryview, descriptors: int = 0) -> int:
+        """Fill ``room`` as far as bytes are there; 0 at the end. ``descriptors`` as for ``read``."""
+        if not descriptors:
+            return self._sock.recv_into(room)
+        space = _control_bytes(descriptors)
+        count, control, flags, _ = self._sock.recvmsg_into([room], space, socket.MSG_CMSG_CLOEXEC)
+        self._take(control, flags, descriptors)
+        return count
+
+    def _take(self, control: list[tuple[int, int, bytes]], flags: int, allowed: int) -> None:
         for level, kind, payload in control:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self.descriptors.extend(array.array("i", payload[: len(payload) - len(payload) % _INT]))
-        if len(self.descriptors) > descriptors or flags & socket.MSG_CTRUNC:
-            raise PeerError(f"cannot read request: more than {descriptors} descriptors")
-        return data
-
-    def read_into(self, room: memoryview) -> int:
-        """Fill ``room`` as far as bytes are there; 0 at the end."""
-        return self._sock.recv_into(room)
+        if len(self.descriptors) > allowed or flags & socket.MSG_CTRUNC:
+            raise PeerError(f"cannot read request: more than {allowed} descriptors")
 
     def hung_up(self) -> bool:
         """Whether the peer closed both directions, so that nobody is left to answer (poll(2), POLLHUP)."""
@@ -170,3 +177,8 @@ class Stream:
         self._drop_backlog()
         self.close_descriptors()
         self._sock.close()
+
+
+def _control_bytes(descriptors: int) -> int:
+    """Room for one more than allowed, so that too many are noticed rather than cut off."""
+    return socket.CMSG_SPACE((descriptors + 1) * _INT)
