@@ -65,19 +65,20 @@ class SocAccelerator:
     """An accelerator that is part of the chip, and the names that show that its driver is loaded.
 
     ``where`` is a pattern of ``compatible`` entries; ``nodes`` are paths, of which one is enough; ``devfreq`` is a word
-    in a name below ``sys/class/devfreq``.
+    in a name below ``sys/class/devfreq``. ``needs_dev``: without any ``dev`` folder recorded nothing is said of it.
     """
 
     kind: str
     where: str
     nodes: tuple[str, ...]
     devfreq: str = ""
+    needs_dev: bool = False
 
 
 SOC_ACCELERATORS = (
     SocAccelerator("rknpu", r"rockchip,rk(3566|3568|3576|3588)[a-z]?(-.*)?", ("sys/kernel/debug/rknpu",), "npu"),
     SocAccelerator("vsi-npu", r"fsl,imx8mp(-.*)?", ("dev/galcore",)),
-    SocAccelerator("tidl", r"ti,(j722s|am67a|j721e)(-.*)?", ("dev/rpmsg_ctrl0", "dev/remoteproc0")),
+    SocAccelerator("tidl", r"ti,(j722s|am67a|j721e)(-.*)?", ("dev/rpmsg_ctrl0", "dev/remoteproc0"), needs_dev=True),
 )
 JETSON_CUDA = ("dev/nvhost-gpu", "dev/nvhost-ctrl-gpu", "dev/nvgpu", "dev/nvidia0")
 JETSON_DLA = ("dev/nvhost-nvdla0", "dev/nvhost-ctrl-nvdla0")

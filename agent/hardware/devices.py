@@ -42,14 +42,17 @@ def accelerators(tree: Tree, compatible: Sequence[str], jetson: str | None) -> t
     """All accelerators; ``jetson`` is the Jetson product, '' for an unknown one, None for other machines."""
     found: list[Accelerator] = []
     if jetson is not None:
-        found.append(Accelerator("cuda", _any_node(tree, boards.JETSON_CUDA), "integrated GPU"))
+        found.append(Accelerator("cuda", _if_captured(tree, _any_node(tree, boards.JETSON_CUDA)), "integrated GPU"))
         if boards.jetson_has_dla(jetson):
-            found.append(Accelerator("dla", _any_node(tree, boards.JETSON_DLA), "deep learning accelerator"))
+            usable = _if_captured(tree, _any_node(tree, boards.JETSON_DLA))
+            found.append(Accelerator("dla", usable, "deep learning accelerator"))
     for soc in boards.SOC_ACCELERATORS:
         chip = next((entry for entry in compatible if re.fullmatch(soc.where, entry)), None)
         if chip:
             usable = _any_node(tree, soc.nodes)
-            if not usable and soc.devfreq:
+            if soc.needs_dev:
+                usable = _if_captured(tree, usable)
+            elif not usable and soc.devfreq:
                 usable = any(soc.devfreq in name.lower() for name in tree.names("sys/class/devfreq")) or usable
             found.append(Accelerator(soc.kind, usable, f"part of {chip}"))
     found.extend(_on_pci(tree))
@@ -67,7 +70,7 @@ def _on_pci(tree: Tree) -> Iterator[Accelerator]:
         elif device.vendor == _INTEL_VENDOR and device.kind == _DISPLAY_CLASS and not graphics:
             graphics = True
             node = any(name.startswith("renderD") for name in tree.names("dev/dri"))
-            yield Accelerator("intel-igpu", node, f"PCI {device}")
+            yield Accelerator("intel-igpu", _if_captured(tree, node), f"PCI {device}")
 
 
 def _on_usb(tree: Tree) -> Iterator[Accelerator]:
@@ -88,6 +91,11 @@ def _pci_devices(tree: Tree) -> Iterator[BusDevice]:
             continue
         kind = hex_number(tree.line(f"{_PCI}/{name}/class"), digits=6)
         yield BusDevice(name, vendor, product, None if kind is None else kind >> 16)
+
+
+def _if_captured(tree: Tree, usable: bool | None) -> bool | None:
+    """For what is told by device nodes alone: a recording without any ``dev`` says nothing of them."""
+    return usable if usable or tree.exists("dev") else None
 
 
 def _any_node(tree: Tree, paths: Sequence[str]) -> bool | None:

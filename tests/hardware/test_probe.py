@@ -312,6 +312,13 @@ def test_an_integrated_gpu_is_listed_once(tmp_path: Path) -> None:
     assert [(a.kind, a.usable) for a in accelerators] == [("intel-igpu", True)]
 
 
+def test_a_recording_without_device_nodes_leaves_a_jetsons_gpu_unknown(tmp_path: Path) -> None:
+    files = arm_board("NVIDIA Jetson Nano", "nvidia,p3449-0000-b00+p3448-0000-b00", "nvidia,tegra210")
+    assert [(a.kind, a.usable) for a in probe(build(tmp_path, files)).accelerators] == [("cuda", None)]
+    (tmp_path / "dev").mkdir()
+    assert [(a.kind, a.usable) for a in probe(tmp_path).accelerators] == [("cuda", False)]
+
+
 def test_a_captured_tree_may_keep_the_kernels_links(tmp_path: Path) -> None:
     files = arm_board("ignored", "ignored,ignored")
     board = {name: content for name, content in files.items() if "device-tree" not in name} | {
