@@ -1,8 +1,8 @@
 """The store as the daemon uses it: blobs, keys and catalog tied together.
 
 Thread-safety: every method may be called from any thread. Changes (``commit``, ``gc``, ``rotate_key``, the end of
-``add_blob``) take one lock in turn; ``read`` takes none unless it finds damage, and streams of ``add_blob`` run beside
-each other. Only one process has a store open: ``open`` takes a lock on the folder.
+``add_blob``) take one lock in turn; ``read`` and ``stats`` wait for none, and streams of ``add_blob`` run beside each
+other. Only one process has a store open: ``open`` takes a lock on the folder.
 
 Invariants: a commit names only blobs that are durable; when a method returns, what it reports survives power loss; a
 kill at any instruction leaves the state before or after it. A blob added but not committed is kept until ``discard``
@@ -72,6 +72,7 @@ class Store:
         self._current: Generation | None = None
         self._previous: Generation | None = None
         self._pending: dict[str, BlobRef] = {}
+        self._damage: dict[BlobRef, str] = {}  # found by readers, not yet in the catalog
         self._changing = False
 
     # Opening and closing
@@ -188,7 +189,7 @@ class Store:
             renewed = self._renewed(ref)
             if renewed != current:  # the key was rotated in between
                 return self.read(renewed)
-            self._mark({current: str(error)}, ())
+            self._mark({current: str(error)}, (), wait=False)
             raise DamagedError(
                 f"cannot read {ref.model} {ref.version} {ref.part}: {error}", hint="add or fetch this version again"
             ) from error
@@ -247,7 +248,10 @@ class Store:
             except AgeError as error:
                 if self._reaches(ref):  # else it was removed or its header moved on meanwhile
                     damaged[ref] = str(error)
-        self._mark(damaged, [ref for ref in refs if ref not in damaged])
+        whole = [ref for ref in refs if ref not in damaged]
+        for ref in whole:
+            self._damage.pop(ref, None)
+        self._mark(damaged, whole)
         return VerifyReport(len(refs), total, tuple(DamagedBlob(ref, reason) for ref, reason in damaged.items()))
 
     def rotate_key(self, progress: Progress = lambda done, total: None) -> RotateReport:
@@ -276,8 +280,7 @@ class Store:
     def stats(self) -> StoreStats:
         """Counts and sizes, as they are now."""
         document, files = self.document, self._blobs.files()
-        with self._lock:
-            spare = unreached(files, *self._needed())
+        spare = unreached(files, *self._needed())
         refs = list(document.refs())
         versions = [version for model in document.models.values() for version in model.versions.values()]
         return StoreStats(
@@ -340,7 +343,8 @@ class Store:
 
     def _commit(self, change: Change, secret: DeviceSecret) -> CatalogDocument:
         now = self._now()
-        wanted = change(encode(now.document)[1])
+        noted = frozenset(self._damage)
+        wanted = marked(change(encode(now.document)[1]), noted, frozenset())
         numbers = [now.number, *self._catalog.numbers()]
         document = wanted.model_copy(update={"generation": max(numbers) + 1, "saved_at": iso(self._clock.now())})
         self._require_durable(now.document, document)
@@ -349,6 +353,8 @@ class Store:
             self._current, self._previous = saved, now
             for ref in saved.document.refs():
                 self._pending.pop(ref.payload, None)
+            for ref in noted:
+                self._damage.pop(ref, None)
         try:
             self._catalog.sweep([saved.number, now.number])
         except OSError as error:  # it is committed all the same; the next commit or opening sweeps
@@ -376,23 +382,30 @@ class Store:
     def _reaches(self, ref: BlobRef) -> bool:
         return self.document.find(ref.model, ref.version, ref.part) == ref
 
-    def _mark(self, damaged: dict[BlobRef, str], whole: Iterable[BlobRef]) -> None:
-        """Write into the catalog which blobs are damaged and which are not. Never hides the error that led here."""
-        bad, good = frozenset(damaged), frozenset(whole)
-        with self._lock:
+    def _mark(self, damaged: dict[BlobRef, str], whole: Iterable[BlobRef], *, wait: bool = True) -> None:
+        """Write into the catalog which blobs are damaged and which are not. Never hides the error that led here.
+
+        Without ``wait`` a change under way is not waited for: the mark is written with it or with the next.
+        """
+        self._damage.update(damaged)
+        if not self._lock.acquire(blocking=wait):
+            return
+        try:
+            bad, good = frozenset(damaged), frozenset(whole)
             if self._changing or marked(self.document, bad, good) == self.document:
                 return
             for ref, reason in damaged.items():
                 _log.error("store: %s %s %s is damaged: %s", ref.model, ref.version, ref.part, reason)
-            try:
-                self.commit(lambda document: marked(document, bad, good))
-            except (TryLaterError, DamagedError) as error:
-                _log.warning("store: damage is not recorded: %s", error)
+            self.commit(lambda document: marked(document, bad, good))
+        except (TryLaterError, DamagedError) as error:
+            _log.warning("store: damage is not recorded yet: %s", error)
+        finally:
+            self._lock.release()
 
     def _needed(self) -> list[frozenset[str]]:
         # A closed store needs nothing, so that a sweep would take all: ``_now`` refuses.
         kept = [generation.document.refs() for generation in (self._now(), self._previous) if generation]
-        return [reached(refs) for refs in [*kept, self._pending.values()]]
+        return [reached(refs) for refs in [*kept, list(self._pending.values())]]
 
     def _used(self) -> int:
         return sum(self._blobs.files().values())

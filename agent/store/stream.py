@@ -34,7 +34,7 @@ CHUNK_BYTES = 1 << 16
 TAG_BYTES = 16
 SEALED_CHUNK_BYTES = CHUNK_BYTES + TAG_BYTES
 
-#: ``decrypt_into`` writes where the caller wants it; cryptography 42 to 46 lack it and take one copy more.
+#: ``decrypt_into`` writes where the caller wants it; older releases of cryptography lack it and take one copy more.
 _HAS_DECRYPT_INTO = hasattr(ChaCha20Poly1305, "decrypt_into")
 
 

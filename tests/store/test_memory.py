@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -210,3 +211,21 @@ def test_a_large_blob_needs_no_memory_but_its_plaintext(tmp_path: Path, size_mb:
     script = [sys.executable, "-c", STREAMED, str(tmp_path), str(size_mb)]
     done = subprocess.run(script, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert int(done.stdout) <= 8
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_an_ordinary_user_who_cannot_be_inspected_reads_it_by_path() -> None:
+    """The daemon's own state: no rights, and not dumpable, so that its /proc entries belong to root."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            ctypes.CDLL(None, use_errno=True).prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+            with hold([memoryview(b"abc")], 3) as plaintext:
+                status = 0 if Path(plaintext.path).read_bytes() == b"abc" else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
