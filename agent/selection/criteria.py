@@ -158,16 +158,12 @@ def _latency_step(entries: list[Contestant]) -> list[Contestant] | None:
 def compare_latency(mine: Measurement, other: Measurement) -> Comparison:
     """``mine`` against ``other``: round by round within one session, else by p50 with a wide margin.
 
-    Equal keys are one file under two names: whatever difference shows between them is noise by definition.
     ValueError when one of them has no latency.
     """
     if not mine.p50_ms or not other.p50_ms:
         raise ValueError("cannot compare latencies: one was not measured")
     paired = compare_rounds(mine.round_ms, other.round_ms) if mine.session == other.session else None
-    seen = paired or compare_unpaired(mine.p50_ms, other.p50_ms)
-    if mine.key == other.key:
-        return replace(seen, noise=max(seen.noise, seen.ratio - 1, 1 / seen.ratio - 1))
-    return seen
+    return paired or compare_unpaired(mine.p50_ms, other.p50_ms)
 
 
 def _energy_step(entries: list[Contestant]) -> list[Contestant] | None:
@@ -241,6 +237,7 @@ def _note(entry: Contestant, best: Contestant, gap: Gap) -> bool:
     if entry is best:
         gap = replace(gap, worse_by=0.0)
     elif entry.measurement.key == best.measurement.key:
+        # One file under two names: whatever difference shows between them is noise by definition.
         gap = replace(gap, noise=max(gap.noise, gap.worse_by))
     entry.gaps.append(gap)
     return gap.tie
