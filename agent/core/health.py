@@ -15,8 +15,8 @@ from typing import Any, Literal
 from agent.base.errors import AgentError
 from agent.core.device import Device
 from agent.hardware.facts import Facts
+from agent.infer.landlock import abi_version
 from agent.infer.runtimes.probe import RuntimeState
-from agent.infer.sandbox import landlock_abi
 from agent.store.store import Store
 
 Level = Literal["ok", "note", "warning", "error"]
@@ -76,7 +76,7 @@ def check_swap(facts: Facts, *, locked: bool) -> list[Finding]:
 
 def check_confinement() -> list[Finding]:
     """What trial children are confined by."""
-    abi = landlock_abi()
+    abi = abi_version()
     if abi == 0:
         return [
             Finding(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from agent.infer.children import ChildError, ChildLimits, ChildProcess
-from agent.infer.sandbox import landlock_abi, seccomp_program
+from agent.infer.landlock import abi_version
+from agent.infer.seccomp import program_for
 
 HOSTILE = Path(__file__).with_name("hostile")
 
@@ -34,7 +35,7 @@ def hostile_child(memory_mb=256, cpu_s=30):
     )
 
 
-needs_landlock = pytest.mark.skipif(landlock_abi() == 0, reason="this kernel has no Landlock (only seccomp holds here)")
+needs_landlock = pytest.mark.skipif(abi_version() == 0, reason="this kernel has no Landlock (only seccomp holds here)")
 
 
 @needs_landlock
@@ -122,7 +123,7 @@ def test_lies_on_the_control_socket_are_a_crash(what):
 
 def test_the_filter_is_a_valid_program_for_every_architecture():
     for column, audit in ((0, 0xC000003E), (1, 0xC00000B7), (2, 0x40000028)):
-        program = seccomp_program(column, audit, 1234)
+        program = program_for(column, audit, 1234)
         assert len(program) % 8 == 0
         assert len(program) // 8 < 4096  # BPF_MAXINSNS
         for index in range(0, len(program), 8):

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from agent.infer.sandbox import landlock_abi
+from agent.infer.landlock import abi_version
 from tests import onnx_models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,7 +143,7 @@ def test_core_tries_stores_and_answers_inside_its_sandbox(boot: Callable[[str], 
     # The trial child came through the same sandbox, confined on top of it: nothing was missing for that.
     levels = {finding["check"]: finding["level"] for finding in seen["doctor"]["json"]["findings"]}
     assert levels["runtime"] == "ok"
-    assert (levels["landlock"] == "ok") == (landlock_abi() > 0)
+    assert (levels["landlock"] == "ok") == (abi_version() > 0)
     # Who may connect, and to what.
     assert seen["app infers"][0] == 200
     assert seen["app administers"] == "PermissionError"
