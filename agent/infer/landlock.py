@@ -15,6 +15,7 @@ _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD_RULE, _SYS_LANDLOCK_RESTRICT = 444, 445,
 _LANDLOCK_CREATE_RULESET_VERSION = 1
 _LANDLOCK_RULE_PATH_BENEATH = 1
 _READ_FILE, _READ_DIR, _EXECUTE, _WRITE_FILE = 1 << 2, 1 << 3, 1 << 0, 1 << 1
+_IOCTL_DEV = 1 << 15
 
 
 def abi_version() -> int:
@@ -25,8 +26,10 @@ def abi_version() -> int:
 
 
 def restrict(readable: Iterable[Path], devices: Iterable[Path]) -> int:
-    """Allow reading below ``readable`` and using ``devices``, refuse every other file, TCP port, and, where the kernel
-    knows that, abstract sockets and signals to the outside. Returns the ABI version, 0 where nothing was put on. OSError.
+    """Allow reading below ``readable`` and using ``devices``; refuse all other files, and what else the kernel knows.
+
+    That is, by ABI: TCP ports (4), abstract sockets and signals to the outside (6). Returns the ABI version, 0 where
+    nothing was put on. OSError.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     abi = abi_version()
@@ -44,7 +47,7 @@ def restrict(readable: Iterable[Path], devices: Iterable[Path]) -> int:
         for path in readable:
             _allow(libc, ruleset, path, _READ_FILE | _READ_DIR | _EXECUTE)
         for path in devices:
-            _allow(libc, ruleset, path, _READ_FILE | _WRITE_FILE)
+            _allow(libc, ruleset, path, _READ_FILE | _WRITE_FILE | (_IOCTL_DEV if abi >= 5 else 0))
         if libc.syscall(_SYS_LANDLOCK_RESTRICT, ruleset, 0) != 0:
             raise OSError(ctypes.get_errno(), "landlock_restrict_self")
     finally:
