@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from agent import __version__
 from agent.base.errors import AgentError, PeerError
 from agent.bundles.agreement import passes
 from agent.bundles.manifest import GoldenMetric, Policy, Variant
@@ -31,7 +32,7 @@ METRICS = get_args(GoldenMetric)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except AgentError as error:
@@ -46,16 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="edge-fleet", description="Pack models for devices that run edge-agent.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="edge-fleet", description="Pack models for devices that run edge-agent.")
+    top.add_argument("--version", action="version", version=f"edge-fleet {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     pack = commands.add_parser(
         "pack",
         help="make a .edgemodel from a folder, or from an fp32 model with data",
         description="SOURCE is a folder with a model.json, or an fp32 .onnx file of which the variants are made.",
     )
     pack.set_defaults(run=_pack, doing="pack")
-    pack.add_argument("source", metavar="SOURCE", type=Path)
+    pack.add_argument("source", metavar="SOURCE", type=Path, help="folder with a model.json, or fp32 .onnx file")
     pack.add_argument("-o", "--out", metavar="FILE", type=Path, help="default: NAME-VERSION.edgemodel")
     pack.add_argument("--json", action="store_true", help="print the result as one JSON document")
     model = pack.add_argument_group("for an .onnx file")
@@ -72,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--labels", metavar="FILE", type=Path, help="names of the classes, one a line")
     for text in ("task", "description", "license"):
         model.add_argument(f"--{text}", help="free text for the manifest")
-    return parser
+    return top
 
 
 def _finite(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from agent.base import config as configuration
 from agent.base.config import Config, Paths
 from agent.base.errors import PeerError
 from agent.base.systemd import take_environment
-from agent.cli.terminal import EXIT_FAILED, print_json
+from agent.cli.terminal import EXIT_FAILED, print_json, sentence
 
 if TYPE_CHECKING:
     from agent.bundles.manifest import Manifest
@@ -21,19 +22,23 @@ _Commands = Any  # argparse's subparsers action is generic in a private class
 
 def register(commands: _Commands, common: argparse.ArgumentParser) -> None:
     """Add the commands to the parser."""
-    detect = commands.add_parser("detect", parents=[common], help="what this device is and can do")
+
+    def add(group: _Commands, name: str, text: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = group.add_parser(name, parents=[common], help=text, description=sentence(text))
+        return made
+
+    detect = add(commands, "detect", "what this device is and can do")
     detect.add_argument("--root", type=Path, metavar="DIR", help="read the files of a recorded machine below DIR")
     detect.set_defaults(action=_detect)
     for name, text in (
         ("core", "run the daemon in the foreground (what the systemd unit starts)"),
         ("run", "run everything in the foreground, without systemd"),
     ):
-        command = commands.add_parser(name, parents=[common], help=text)
-        command.set_defaults(action=_core)
-    config = commands.add_parser("config", parents=[common], help="show or check the configuration")
+        add(commands, name, text).set_defaults(action=_core)
+    config = add(commands, "config", "show or check the configuration")
     actions = config.add_subparsers(dest="config_command", metavar="show|check", required=True)
-    actions.add_parser("show", parents=[common], help="every key with the value in force").set_defaults(action=_show)
-    actions.add_parser("check", parents=[common], help="is the file right?").set_defaults(action=_check)
+    add(actions, "show", "every key with the value in force").set_defaults(action=_show)
+    add(actions, "check", "is the file right?").set_defaults(action=_check)
 
 
 def load_config(paths: Paths) -> Config:
@@ -88,20 +93,26 @@ def _show(arguments: argparse.Namespace, paths: Paths) -> int:
     source = paths.config if paths.config.exists() else "defaults, there is no " + str(paths.config)
     print(f"# {source}")
     for section, values in document.items():
-        print(f"[{section}]")
+        print(f"\n[{section}]")
         for key, value in values.items():
             print(f"{key} = {_toml(value)}")
     return 0
 
 
 def _toml(value: object) -> str:
+    """A value as TOML, so that what is shown can be a configuration file. Basic strings are JSON's."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+        # Quoted: a model's name may have dots, which would make tables of a bare key.
+        return (
+            "{"
+            + ", ".join(f"{json.dumps(key, ensure_ascii=False)} = {_toml(item)}" for key, item in value.items())
+            + "}"
+        )
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
 
 
 def _check(arguments: argparse.Namespace, paths: Paths) -> int:
