@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,15 +53,28 @@ os.execv(sys.executable, [sys.executable, "-m", "tests.base.activated"])
 """
 
 
-def start_under_manager(kind: str, names: str, *paths: Path, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", MANAGER, kind, *map(str, paths)],
+@contextlib.contextmanager
+def started(*command: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """The process of ``command``; however the test ends, it does not outlive it."""
+    with subprocess.Popen(
+        command,
         cwd=ROOT,
-        env={**os.environ, "LISTEN_FDNAMES": names, **environment},
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def start_under_manager(
+    kind: str, names: str, *paths: Path, **environment: str
+) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", MANAGER, kind, *map(str, paths)]
+    return started(*command, LISTEN_FDNAMES=names, **environment)
 
 
 def ask(path: Path, process: subprocess.Popen[str] | None = None) -> dict[str, object]:
@@ -188,11 +203,10 @@ def test_sockets_are_taken_by_name_whatever_their_order_and_no_child_inherits_th
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.settimeout(30)
         manager.bind(str(notify))
-        process = start_under_manager(
+        with start_under_manager(
             "stream", "admin:infer", admin, infer,
             NOTIFY_SOCKET=str(notify), WATCHDOG_USEC="5000000", CREDENTIALS_DIRECTORY="/run/credentials/x",
-        )  # fmt: skip
-        with process:
+        ) as process:  # fmt: skip
             first = ask(admin, process)
             second = ask(infer, process)
             assert process.wait(30) == 0
@@ -240,7 +254,7 @@ def test_announced_descriptors_that_are_not_there_are_an_error() -> None:
 def test_systemds_own_activation_starts_the_service_at_the_first_connection(short_dir: Path) -> None:
     infer, admin = short_dir / "infer.sock", short_dir / "admin.sock"
     command = ["systemd-socket-activate", "-l", str(infer), "-l", str(admin), "--fdname=infer:admin", *SERVICE]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+    with started(*command) as process:
         report = ask(infer, process)
         assert process.wait(30) == 0
     assert report["asked"] == "infer"
