@@ -3,6 +3,7 @@
 All state is changed on the event loop's thread only; loading and running happen in worker threads that touch nothing
 but their own session. A busy or loading session is never evicted; a load happens once however many ask for it.
 A model whose measured p95 is below ``INLINE_P95_MS`` runs on the loop itself: a thread would cost more than the run.
+A session that is not ``concurrent`` runs one request at a time; the others wait for their turn and hold no thread.
 
 When the chosen option cannot be read or loaded, the next one answers and says ``degraded``.
 """
@@ -56,10 +57,14 @@ class Loaded:
     retired: bool = False
     output_names: tuple[str, ...] = ()
     outputs: dict[str, TensorSpec] = field(default_factory=dict)
+    #: Held by the request that runs, where the session takes only one at a time.
+    turn: asyncio.Lock | None = None
 
     @property
     def inline(self) -> bool:
-        return self.option.p95_ms is not None and self.option.p95_ms < INLINE_P95_MS
+        """Whether a request may run on the event loop now: the model is fast and nobody is at its session."""
+        fast = self.option.p95_ms is not None and self.option.p95_ms < INLINE_P95_MS
+        return fast and (self.turn is None or not self.turn.locked())
 
 
 class Engine:
@@ -203,10 +208,8 @@ class Engine:
             loaded = self._hot.get((served.model, served.version))
             while loaded is None or loaded.retired:  # it may be evicted between its load and our turn
                 loaded = await _before(deadline, self._obtain(served))
-            loaded.busy += 1
             loaded.last_used = time.monotonic()
-            running = asyncio.get_running_loop().run_in_executor(self._runners, self._run, loaded, request, arrived)
-            running.add_done_callback(lambda done: self._release(loaded, done))
+            running = await self._start(loaded, request, arrived, deadline)
             return await _before(deadline, asyncio.shield(running))
         finally:
             left = self._waiting[served.model] - 1
@@ -214,6 +217,21 @@ class Engine:
                 self._waiting[served.model] = left
             else:
                 del self._waiting[served.model]
+
+    async def _start(
+        self, loaded: Loaded, request: InferRequest, arrived: float, deadline: float
+    ) -> asyncio.Future[InferResponse]:
+        """The run under way in a worker thread; it holds the session, and its turn, until it has really ended."""
+        loaded.busy += 1  # from here on the session is not closed, however long the turn takes to come
+        try:
+            if loaded.turn is not None:
+                await _before(deadline, loaded.turn.acquire())
+        except BaseException:
+            self._let_go(loaded)
+            raise
+        running = asyncio.get_running_loop().run_in_executor(self._runners, self._run, loaded, request, arrived)
+        running.add_done_callback(lambda done: self._release(loaded, done))
+        return running
 
     def _run(self, loaded: Loaded, request: InferRequest, arrived: float) -> InferResponse:
         """One run in the calling thread."""
@@ -299,6 +317,7 @@ class Engine:
             if not because and session.provider != option.provider:
                 because = f"{option.provider} did not take the model"
             loaded = Loaded(key, served, option, session, because, last_used=time.monotonic())
+            loaded.turn = None if session.concurrent else asyncio.Lock()
             loaded.outputs = {spec.name: spec for spec in session.outputs}
             loaded.output_names = tuple(spec.name for spec in served.outputs)
             if (before := self._hot.get(key)) is not None:
@@ -342,6 +361,11 @@ class Engine:
     def _release(self, loaded: Loaded, done: asyncio.Future[InferResponse]) -> None:
         if not done.cancelled():
             done.exception()  # seen: nobody may be waiting any more
+        if loaded.turn is not None:
+            loaded.turn.release()
+        self._let_go(loaded)
+
+    def _let_go(self, loaded: Loaded) -> None:
         loaded.busy -= 1
         if loaded.retired and not loaded.busy:
             loaded.session.close()

@@ -78,14 +78,12 @@ def soon(seconds=20.0):
     return time.monotonic() + seconds
 
 
-def drive(story, budget_mb=100.0, queue=8, workers=2):
+def drive(story, budget_mb=100.0, queue=8, workers=2, load=load_runtime):
     """Run ``story(engine)`` on a loop of its own, and close the engine whatever happens."""
 
     async def main():
         damage = []
-        engine = Engine(
-            EngineLimits(budget_mb, queue, workers), load_runtime, lambda key, opt, reason: damage.append(reason)
-        )
+        engine = Engine(EngineLimits(budget_mb, queue, workers), load, lambda key, opt, reason: damage.append(reason))
         engine.damage = damage
         try:
             return await asyncio.wait_for(story(engine), 60)
@@ -135,6 +133,99 @@ def test_a_fast_model_runs_on_the_loop_and_a_slow_one_does_not():
         await later
 
     drive(story)
+
+
+class OneAtATime:
+    """ONNX Runtime whose sessions say that they take one run at a time, and notice when they get two."""
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.gate.set()
+        self.runs, self.at_once, self.most_at_once = 0, 0, 0
+
+    def __call__(self, name):
+        runtime, watch = load_runtime(name), self
+
+        class Session:
+            concurrent = False
+
+            def __init__(self, session):
+                self._session = session
+                self.inputs, self.outputs, self.provider = session.inputs, session.outputs, session.provider
+                self.close = session.close
+
+            def run(self, inputs, outputs):
+                watch.at_once += 1
+                watch.runs += 1
+                watch.most_at_once = max(watch.most_at_once, watch.at_once)
+                try:
+                    assert watch.gate.wait(20)
+                    return self._session.run(inputs, outputs)
+                finally:
+                    watch.at_once -= 1
+
+        class Runtime:
+            def load(self, descriptor, options):
+                return Session(runtime.load(descriptor, options))
+
+        return Runtime()
+
+
+def test_a_session_that_takes_one_run_at_a_time_gets_no_second_one():
+    watch = OneAtATime()
+
+    async def story(engine):
+        engine.put(shelf(served("m", option(Blob(onnx_models.linear())))))
+        seen = await asyncio.gather(*(answer(engine, "m", ask(id=str(n))) for n in range(8)))
+        assert [response.id for response in seen] == [str(n) for n in range(8)]
+        assert watch.runs == 8
+        assert watch.most_at_once == 1
+
+    drive(story, workers=4, load=watch)
+
+
+def test_a_fast_model_leaves_the_loop_while_another_request_is_at_its_session():
+    watch = OneAtATime()
+
+    async def story(engine):
+        engine.put(shelf(served("m", option(Blob(onnx_models.linear()), p95_ms=0.02))))
+        watch.gate.clear()
+        first = asyncio.ensure_future(answer(engine, "m"))  # loads, so it runs in a thread
+        while not watch.at_once:
+            await asyncio.sleep(0.001)
+        second = engine.infer("m", None, ask(), soon())
+        assert asyncio.iscoroutine(second)  # on the loop it would run beside the first one
+        watch.gate.set()
+        await asyncio.gather(first, second)
+        assert not asyncio.iscoroutine(engine.infer("m", None, ask(), soon()))
+        assert watch.most_at_once == 1
+
+    drive(story, load=watch)
+
+
+def test_who_gives_up_waiting_for_a_turn_neither_takes_it_nor_keeps_it():
+    watch = OneAtATime()
+
+    async def story(engine):
+        engine.put(shelf(served("m", option(Blob(onnx_models.linear())))))
+        await answer(engine, "m")
+        watch.gate.clear()
+        first = asyncio.ensure_future(answer(engine, "m"))
+        while not watch.at_once:
+            await asyncio.sleep(0.001)
+        with pytest.raises(DeadlineError):
+            await answer(engine, "m", deadline=soon(0.05))
+        gone = asyncio.ensure_future(answer(engine, "m"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        engine.put(shelf())  # the session is closed once the first run is done, and not before
+        watch.gate.set()
+        assert (await first).outputs[0].array.shape == (1, 4)
+        assert watch.runs == 2
+        engine.put(shelf(served("m", option(Blob(onnx_models.linear())))))
+        await answer(engine, "m")
+
+    drive(story, load=watch)
 
 
 def test_many_at_once_load_one_session():
