@@ -42,7 +42,6 @@ def main() -> None:
     sizes = options.size_mb or list(SIZES_MB)
     with tempfile.TemporaryDirectory(prefix="edge-agent-bench-") as folder:
         rows = [measure(Path(folder) / str(size), size * MIB, options.rounds) for size in sizes]
-    # Processes that wanted a core: with more than there are, medians of longer parts suffer more than those of shorter.
     report = {"benchmark": "store", "row": "cold minus warm", "budget_ratio": BUDGET, "sizes": rows}
     report["load_average"] = os.getloadavg()[0]
     report["within_budget"] = all(row["ratio"] <= BUDGET for row in rows)
@@ -61,27 +60,34 @@ def measure(folder: Path, size: int, rounds: int) -> dict[str, float]:
         assert ref.sha256 == hashlib.sha256(data).hexdigest()
         del data
         copied = os.open(folder / "plain", os.O_RDONLY)
+        decipher, copy = deciphering(size), faster(copy_by_sendfile, copy_by_read_write, copied)
         parts: dict[str, Callable[[], None]] = {
             "read": reading(store, ref),
-            "aead": deciphering(size),
-            "copy_sendfile": lambda: copy_by_sendfile(copied),
-            "copy_read_write": lambda: copy_by_read_write(copied),
+            # Timed as one piece: on a busy machine a longer piece is interrupted more often than two short ones.
+            "least": lambda: (decipher(), copy(copied), None)[-1],
+            "aead": decipher,
+            "copy": lambda: copy(copied),
         }
         # Small sizes get more rounds: their samples are short, and a busy machine's noise is not.
         times = interleaved(parts, rounds * max(1, 64 * MIB // size))
         os.close(copied)
     (folder / "plain").unlink()
-    copy = min(times["copy_sendfile"], times["copy_read_write"])
-    least = times["aead"] + copy
     return {
         "size_mb": size // MIB,
         "rounds": rounds,
         "read_ms": round(times["read"], 3),
+        "least_ms": round(times["least"], 3),
         "aead_ms": round(times["aead"], 3),
-        "copy_ms": round(copy, 3),
-        "ratio": round(times["read"] / least, 3),
+        "copy_ms": round(times["copy"], 3),
+        "ratio": round(times["read"] / times["least"], 3),
         "add_mb_s": round(size / MIB / add_ms * 1000, 1),
     }
+
+
+def faster(one: Callable[[int], None], other: Callable[[int], None], source: int) -> Callable[[int], None]:
+    """Whichever copies ``source`` in less time."""
+    times = interleaved({"one": lambda: one(source), "other": lambda: other(source)}, 7)
+    return one if times["one"] <= times["other"] else other
 
 
 def interleaved(parts: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -146,9 +152,10 @@ def copy_by_read_write(source: int) -> None:
 
 def table(report: dict) -> str:
     """The report for people."""
-    lines = ["size MB   read ms   aead ms   copy ms   ratio (budget 1.3)   add MB/s"]
+    lines = ["size MB   read ms   both ms = aead ms + copy ms   ratio (budget 1.3)   add MB/s"]
     lines += [
-        f"{row['size_mb']:7d} {row['read_ms']:9.2f} {row['aead_ms']:9.2f} {row['copy_ms']:9.2f} {row['ratio']:7.2f}"
+        f"{row['size_mb']:7d} {row['read_ms']:9.2f} {row['least_ms']:9.2f} {row['aead_ms']:9.2f} {row['copy_ms']:9.2f}"
+        f" {row['ratio']:7.2f}"
         f" {row['add_mb_s']:21.0f}"
         for row in report["sizes"]
     ]
