@@ -44,7 +44,7 @@ PROVIDERS: Mapping[str, ProviderTraits] = MappingProxyType(
         "CUDAExecutionProvider": ProviderTraits("cuda", frozenset({"cuda"})),
         "VSINPUExecutionProvider": ProviderTraits("vsi-npu", frozenset({"vsi-npu"})),
         "RknpuExecutionProvider": ProviderTraits("rknpu", frozenset({"rknpu"})),
-        "TidlExecutionProvider": ProviderTraits("tidl", frozenset({"tidl"})),
+        "TIDLExecutionProvider": ProviderTraits("tidl", frozenset({"tidl"})),
         "cpu": _CPU,
         "edgetpu": ProviderTraits("edgetpu", frozenset({"edgetpu"})),
     }

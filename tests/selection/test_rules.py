@@ -14,7 +14,7 @@ from agent.bundles.manifest import Manifest
 from agent.hardware.facts import FEATURES, Accelerator, Facts
 from agent.hardware.probe import probe
 from agent.hardware.profiles import Profile, choose_profile, load_profiles, shipped_profiles_dir
-from agent.selection.inventory import InstalledRuntime, RuntimeInventory, assumed_inventory
+from agent.selection.inventory import PROVIDERS, InstalledRuntime, RuntimeInventory, assumed_inventory
 from agent.selection.rules import Verdict, accepted, candidates, estimated_need_mb, memory_headroom_mb
 
 from .parts import CPU, CUDA, DYNAMIC, INSTALLED, STATIC, TENSORRT, arm, facts, manifest, variant
@@ -195,6 +195,11 @@ def test_learning_that_something_is_missing_never_admits_a_variant(data: st.Data
     (after,) = judge(bundle, facts(features=less)).values()
     assert before.accepted or not after.accepted
     assert after.accepted == (all(less[name] for name in named) and (not either or any(less[name] for name in either)))
+
+
+def test_every_provider_that_a_shipped_profile_names_is_known() -> None:
+    for profile in load_profiles([shipped_profiles_dir()])[0]:
+        assert set(profile.providers) <= set(PROVIDERS), profile.id
 
 
 # -- recorded boards --------------------------------------------------------------------------------------------------
