@@ -14,7 +14,6 @@ from agent.base.config import Paths
 from agent.base.errors import AgentError, PeerError, RefusedError
 from agent.cli.local_commands import check_model
 from agent.cli.terminal import EXIT_FAILED, Progress, megabytes, print_json, print_table, sentence
-from agent.client import AdminClient
 
 _Commands = Any  # argparse's subparsers action is generic in a private class
 
@@ -375,6 +374,8 @@ def _call(
     source: _Source | None = None,
 ) -> dict[str, Any]:
     """One call with its progress on the terminal. What kept a directory from being read explains core's refusal."""
+    from agent.client import AdminClient  # noqa: PLC0415 - brings asyncio in, which core's start would pay for
+
     with Progress() as progress:
         client = AdminClient(str(paths.admin_socket))
         try:
