@@ -30,7 +30,13 @@ def verify(machine: Path) -> str:
         ["systemd-analyze", "verify", f"--root={machine}", "--man=no", *ALL],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
+    _skip_without_its_folder(done.stdout)
     return done.stdout + (f"exit status {done.returncode}" if done.returncode else "")
+
+
+def _skip_without_its_folder(output: str) -> None:
+    if "Failed to create directory '/run/systemd" in output:
+        pytest.skip("systemd-analyze wants to make /run/systemd, which takes root where systemd does not run")
 
 
 def exposure(path: Path) -> tuple[float, str]:
@@ -40,6 +46,7 @@ def exposure(path: Path) -> tuple[float, str]:
     )  # fmt: skip
     if "unrecognized option" in done.stdout:
         pytest.skip("this systemd-analyze judges no files (it came with 250)")
+    _skip_without_its_folder(done.stdout)
     found = re.search(r"Overall exposure level for .*: ([0-9.]+)", done.stdout)
     assert found, done.stdout
     return float(found[1]), done.stdout
