@@ -200,7 +200,10 @@ def _read_secret(path: Path, check: Callable[[Path, os.stat_result], None]) -> b
 
 def _check_file(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise RefusedError(f"cannot load device secret: {path} is not a plain file")
+        raise RefusedError(
+            f"cannot load device secret: {path} is not a plain file",
+            hint="move it away and put the secret's own file back",
+        )
     if status.st_uid != os.geteuid():
         raise RefusedError(
             f"cannot load device secret: {path} belongs to user {status.st_uid}, not to {os.geteuid()}",
