@@ -280,12 +280,12 @@ def test_foreign_and_half_written_files_do_no_harm(hurt_device):
 class TestDisks:
     @pytest.fixture
     def on_small_disk(self, hurt_device):
-        """The state folder on a file system of 3 MB."""
+        """The state folder on a file system of 24 MB."""
         saved = hurt_device.folder / "saved"
         hurt_device.state.rename(saved)
         hurt_device.state.mkdir(mode=0o700)
         mounted = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=3m,mode=0700", "tmpfs", str(hurt_device.state)], check=False
+            ["mount", "-t", "tmpfs", "-o", "size=24m,mode=0700", "tmpfs", str(hurt_device.state)], check=False
         )
         if mounted.returncode != 0:
             pytest.skip("cannot mount here")
@@ -301,7 +301,7 @@ class TestDisks:
         device = on_small_disk
         device.start()
         path = device.folder / "big.onnx"
-        path.write_bytes(onnx_models.heavy(side=512, layers=4))  # 4 MB
+        path.write_bytes(onnx_models.heavy(side=1024, layers=8))  # 32 MB
         failed = device.cli("models", "add", path, status=1)
         assert failed.stderr.startswith("error: cannot ")
         assert "hint: free" in failed.stderr
