@@ -36,7 +36,7 @@ SemVer = Annotated[
     str,
     StringConstraints(
         max_length=128,
-        pattern=r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?$",
+        pattern=r"^(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?$",
     ),
 ]
 Text = Annotated[str, StringConstraints(max_length=4096)]
