@@ -333,7 +333,8 @@ def _status(arguments: argparse.Namespace, paths: Paths) -> int:
         return 0
     print(f"edge-agent {result['version']}, up {result['uptime_s']:.0f} s: {result['health']}")
     print(f"board      {result['board'] or 'unknown'} (profile {result['profile']})")
-    print(f"models     {len(result['models'])} installed, {len(result['loaded'])} loaded")
+    names = {row["name"] for row in result["models"]}
+    print(f"models     {len(names)} in {len(result['models'])} versions, {len(result['loaded'])} loaded")
     print(f"memory     {result['memory_budget_mb']} MB for models, {result['threads']} threads a run")
     print(f"store      generation {result['generation']}, key from {result['key_source']}")
     if doing := result["under_way"]:
