@@ -16,6 +16,7 @@ import pwd
 import signal
 import time
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 from agent import __version__
@@ -29,15 +30,13 @@ from agent.core import health, logs
 from agent.core.admin_api import AdminApi
 from agent.core.device import Device, inventory_of, look_at_device
 from agent.core.operating import Operations
-from agent.hardware.energy import EnergyMeter
 from agent.hardware.sensors import read_sensors
 from agent.infer.engine import Engine, EngineLimits, Key
 from agent.infer.runtimes.probe import Runtimes
 from agent.infer.shelf import Option
-from agent.infer.trial import Surroundings
-from agent.operations.choosing import DeviceView, TrialSettings, VariantChooser
 from agent.operations.install import Installer, Serving
 from agent.operations.maintain import Maintenance
+from agent.operations.measured import Choice, ChooseVariant, DeviceView, outdated
 from agent.operations.shelving import shelf_from
 from agent.serve.access import ModelRule, ModelRules, admin_rights
 from agent.serve.inference import Inference
@@ -105,20 +104,20 @@ class Core:
             show=lambda document: self._operations.on_loop(lambda: self._show(document)),
             load=self._load_now,
         )
-        chooser = self._chooser()
+        view = self._device_view()
         self._installer = Installer(
             self._store,
-            chooser,
+            self._choose_on(view),
             serving,
             SystemClock(),
             unsigned=config.trust.unsigned,
-            outdated=chooser.outdated,
+            outdated=partial(outdated, view),
         )
         self._maintenance = Maintenance(self._store, serving.show)
 
-    def _chooser(self) -> VariantChooser:
-        device, selection = self._device, self._config.selection
-        view = DeviceView(
+    def _device_view(self) -> DeviceView:
+        device = self._device
+        return DeviceView(
             facts=device.facts,
             profile=device.profile,
             threads=device.threads,
@@ -127,18 +126,21 @@ class Core:
             headroom_mb=lambda: _headroom_mb(device, read_sensors().mem_available_mb),
             power_mode=lambda: device.facts.power_mode,
         )
-        settings = TrialSettings(
-            candidates=selection.candidates,
-            least_rounds=selection.min_rounds,
-            most_rounds=selection.max_rounds,
-            timeout_s=selection.trial_timeout_s,
-            memory_mb=None if selection.trial_memory_mb == "auto" else selection.trial_memory_mb,
-            quarantine_after=selection.quarantine_after,
-        )
-        around = Surroundings(
-            clock=SystemClock(), throttled=lambda: read_sensors().throttled_now, energy_j=EnergyMeter(), wait=time.sleep
-        )
-        return VariantChooser(view, self._store.read, settings, around)
+
+    def _choose_on(self, view: DeviceView) -> ChooseVariant:
+        """The chooser, made when it is first needed: see ``agent.core.trying``."""
+        selection = self._config.selection
+
+        @lru_cache(maxsize=1)
+        def chooser() -> ChooseVariant:
+            from agent.core.trying import make_chooser  # noqa: PLC0415 - most starts try nothing
+
+            return make_chooser(view, self._store.read, selection)
+
+        def choose(*arguments: Any) -> Choice:
+            return chooser()(*arguments)
+
+        return choose
 
     # -- serving ------------------------------------------------------------------------------------------------------
 

@@ -6,27 +6,24 @@ trial measured. Measurements whose key still holds are not repeated unless they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agent.bundles.agreement import passes
 from agent.bundles.manifest import Manifest, TensorSpec
-from agent.hardware.facts import Facts
-from agent.hardware.profiles import Profile
 from agent.infer.tensors import fits
 from agent.infer.trial import Entrant, Surroundings, Trial, TrialPlan
+from agent.operations.measured import Choice, DeviceView, Known, Progress, key_on
 from agent.operations.shelving import OpenBlob
 from agent.selection.choice import Decision, choose, contenders, more_rounds_needed
 from agent.selection.explanation import explain
 from agent.selection.inventory import RuntimeInventory
-from agent.selection.measurements import Measurement, MeasurementKey, estimated_joules, measurement_key
+from agent.selection.measurements import Measurement, MeasurementKey, estimated_joules
 from agent.selection.prior import Prior, rank_by_prior
 from agent.selection.quarantine import Death, QuarantineState
-from agent.selection.rules import Candidate, Verdict, accepted, candidate_of, candidates
+from agent.selection.rules import Candidate, Verdict, accepted, candidates
 from agent.store.document import BlobRef
-
-Progress = Callable[[Mapping[str, Any]], None]
 
 #: Device nodes that a trial child on an accelerator may open.
 _DEVICES: Mapping[str, tuple[str, ...]] = {
@@ -39,26 +36,6 @@ _DEATHS: Mapping[str, Death] = {"crash": "crash", "hang": "hang", "memory": "mem
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """What was decided. ``document`` holds ``order`` (candidate ids, best first) and ``explain``."""
-
-    chosen: str | None
-    document: dict[str, Any]
-    measurements: dict[str, dict[str, Any]] = field(default_factory=dict)
-    quarantine: dict[str, dict[str, Any]] = field(default_factory=dict)
-    why: str = ""
-    hint: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What earlier trials of the version left: measurements and quarantine by candidate id."""
-
-    measurements: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    quarantine: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class TrialSettings:
     """The configuration's part of a trial plan."""
 
@@ -68,23 +45,6 @@ class TrialSettings:
     timeout_s: float
     memory_mb: int | None
     quarantine_after: int = 3
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceView:
-    """The device as the choice needs it; the callables answer for the moment of the call."""
-
-    facts: Facts
-    profile: Profile
-    threads: int
-    cpus: tuple[int, ...]
-    inventory: Callable[[], RuntimeInventory]
-    headroom_mb: Callable[[], int]
-    power_mode: Callable[[], str | None]
-
-
-#: (manifest, blobs, what is known, shapes for made-up inputs, progress) -> choice
-ChooseVariant = Callable[[Manifest, Mapping[str, BlobRef], Known, Mapping[str, list[int]], Progress], Choice]
 
 
 class VariantChooser:
@@ -110,7 +70,7 @@ class VariantChooser:
         headroom = device.headroom_mb()
         quarantine = QuarantineState.from_json(dict(known.quarantine))
         keys = {
-            candidate.id: self._key(candidate, inventory, manifest)
+            candidate.id: key_on(device, candidate, inventory, manifest)
             for candidate in (v.candidate for v in self._verdicts(manifest, inventory, headroom, {}))
         }
         dead = {
@@ -131,16 +91,6 @@ class VariantChooser:
             why=_why_not(decision, verdicts),
             hint="edge-agent models check FILE shows what each variant needs",
         )
-
-    def outdated(self, manifest: Manifest, known: Known, chosen: str | None) -> tuple[str, ...]:
-        """What has changed since the chosen candidate was measured: ``("runtime_version: 1.31.0 -> 1.32.0",)``."""
-        document = known.measurements.get(chosen or "")
-        if document is None:
-            return ("no variant was measured",)
-        measurement = Measurement.from_json(dict(document))
-        variant = manifest.variant(measurement.candidate_id.partition("@")[0])
-        now = self._key(candidate_of(variant, measurement.key.provider), self._device.inventory(), manifest)
-        return measurement.key.changes(now)
 
     def _verdicts(
         self, manifest: Manifest, inventory: RuntimeInventory, headroom: int, dead: Mapping[str, str]
@@ -212,19 +162,6 @@ class VariantChooser:
         ref = blobs[variant.file.name]
         devices = _DEVICES.get(candidate.provider, ())
         return Entrant(candidate.id, key, lambda: self._open(ref), devices, variant.parameters)
-
-    def _key(self, candidate: Candidate, inventory: RuntimeInventory, manifest: Manifest) -> MeasurementKey:
-        device, installed = self._device, inventory.get(candidate.runtime)
-        return measurement_key(
-            variant_digest=candidate.digest,
-            runtime=candidate.runtime,
-            runtime_version=installed.version if installed else "",
-            provider=candidate.provider,
-            threads=device.threads,
-            features=device.facts.features,
-            power_mode=device.power_mode(),
-            golden_digest=manifest.golden.file.sha256 if manifest.golden else None,
-        )
 
     def _with_energy(self, measurement: Measurement) -> Measurement:
         """Joules estimated from the profile's watts where no sensor told."""

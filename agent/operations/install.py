@@ -15,15 +15,11 @@ from typing import Any, BinaryIO, Literal
 
 from agent.base.clock import Clock, iso
 from agent.base.errors import AgentError, ConflictError, NotFoundError, PeerError, RefusedError, UnsupportedError
-from agent.bundles import bare
-from agent.bundles.archive import BundleReader
-from agent.bundles.kinds import HEAD_BYTES, kind_of
 from agent.bundles.manifest import FileRef, Manifest
-from agent.operations.choosing import Choice, ChooseVariant, Known
+from agent.operations.measured import Choice, ChooseVariant, Known, Progress
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
 from agent.store.store import Store
 
-Progress = Callable[[Mapping[str, Any]], None]
 #: (manifest, what is known, chosen candidate) -> what has changed since it was measured
 Outdated = Callable[[Manifest, Known, "str | None"], Sequence[str]]
 _LOG = logging.getLogger("edge_agent.operations")
@@ -237,6 +233,11 @@ def _opened(descriptor: int) -> BinaryIO:
 
 def _contents(stream: BinaryIO, request: AddRequest) -> tuple[Manifest, Iterator[tuple[FileRef, Iterator[bytes]]]]:
     """The manifest and the files behind it, of a bundle or a bare model."""
+    # Readers of hostile files are a good part of the code, and a device that has its models needs none of it.
+    from agent.bundles import bare  # noqa: PLC0415 - see above
+    from agent.bundles.archive import BundleReader  # noqa: PLC0415
+    from agent.bundles.kinds import HEAD_BYTES, kind_of  # noqa: PLC0415
+
     descriptor = stream.fileno()
     regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
     if not regular or kind_of(os.pread(descriptor, HEAD_BYTES, 0)) == "edgemodel":

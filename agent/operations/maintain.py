@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+from agent.operations.measured import Progress
 from agent.store.document import CatalogDocument
 from agent.store.store import Store
-
-Progress = Callable[[Mapping[str, Any]], None]
 
 
 class Maintenance:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.infer.shelf import Option, Served, Shelf
-from agent.infer.trial import OpenModel
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
 
-OpenBlob = Callable[[BlobRef], OpenModel]
+if TYPE_CHECKING:
+    from agent.infer.trial import OpenModel
+
+OpenBlob = Callable[[BlobRef], "OpenModel"]
 #: Memory of a loaded model whose peak was never measured, as a multiple of its file: weights, packed weights, arena.
 UNMEASURED_FACTOR = 3.0
 UNMEASURED_MB = 8.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
+from importlib.util import find_spec
 
 from agent.base.errors import UnsupportedError
 from agent.infer.children import ChildError, ChildLimits, ChildProcess
@@ -14,6 +14,8 @@ from agent.infer.runtimes.base import Runtime, load_runtime
 DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "onnx": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-qnn", "onnxruntime-directml"),
 }
+#: Runtime -> the module that is imported.
+MODULES: Mapping[str, str] = {"onnx": "onnxruntime"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class RuntimeState:
 
 def installed_version(name: str) -> str | None:
     """The version of the installed distribution by its metadata, without importing it."""
+    from importlib import metadata  # noqa: PLC0415 - brings in e-mail and zip files; a runtime that works tells itself
+
     for distribution in DISTRIBUTIONS[name]:
         try:
             return metadata.version(distribution)
@@ -42,7 +46,7 @@ def installed_version(name: str) -> str | None:
 
 def probe_runtime(name: str) -> RuntimeState:
     """Import the runtime in a child and ask it. Never raises for a runtime that is missing or broken."""
-    if installed_version(name) is None and not _importable(name):
+    if find_spec(MODULES[name]) is None:
         return RuntimeState(name, reason="not installed")
     try:
         with ChildProcess({"model": None, "golden": None}, ChildLimits(memory_mb=512)) as child:
@@ -51,12 +55,6 @@ def probe_runtime(name: str) -> RuntimeState:
     except ChildError as error:
         return RuntimeState(name, version=installed_version(name) or "", reason=f"import failed: {error}")
     return RuntimeState(name, str(answer["version"]), tuple(str(provider) for provider in answer["providers"]))
-
-
-def _importable(name: str) -> bool:
-    from importlib.util import find_spec  # noqa: PLC0415 - only for builds without metadata
-
-    return find_spec({"onnx": "onnxruntime"}[name]) is not None
 
 
 class Runtimes:

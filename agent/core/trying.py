@@ -1,0 +1,34 @@
+"""How core tries variants: the chooser with the configuration's settings and the machine's sensors.
+
+A module of its own because it brings in all that tries and decides, which a device that has its models never needs:
+core imports it when the first thing is to be tried.
+"""
+
+from __future__ import annotations
+
+import time
+
+from agent.base.clock import SystemClock
+from agent.base.config import SelectionConfig
+from agent.hardware.energy import EnergyMeter
+from agent.hardware.sensors import read_sensors
+from agent.infer.trial import Surroundings
+from agent.operations.choosing import TrialSettings, VariantChooser
+from agent.operations.measured import DeviceView
+from agent.operations.shelving import OpenBlob
+
+
+def make_chooser(device: DeviceView, open_blob: OpenBlob, selection: SelectionConfig) -> VariantChooser:
+    """Chooses by measuring on this machine."""
+    settings = TrialSettings(
+        candidates=selection.candidates,
+        least_rounds=selection.min_rounds,
+        most_rounds=selection.max_rounds,
+        timeout_s=selection.trial_timeout_s,
+        memory_mb=None if selection.trial_memory_mb == "auto" else selection.trial_memory_mb,
+        quarantine_after=selection.quarantine_after,
+    )
+    around = Surroundings(
+        clock=SystemClock(), throttled=lambda: read_sensors().throttled_now, energy_j=EnergyMeter(), wait=time.sleep
+    )
+    return VariantChooser(device, open_blob, settings, around)

@@ -1,0 +1,85 @@
+"""What trials have found out, as operations hand it around, and whether it still holds on this device.
+
+Apart from ``choosing``, which brings in everything that tries and decides: core asks after each start whether its
+measurements hold, and most starts need no more than that answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.bundles.manifest import Manifest
+from agent.hardware.facts import Facts
+from agent.hardware.profiles import Profile
+from agent.selection.inventory import RuntimeInventory
+from agent.selection.measurements import Measurement, MeasurementKey, measurement_key
+from agent.selection.rules import Candidate, candidate_of
+from agent.store.document import BlobRef
+
+#: Told of each step. Whatever it raises ends the operation there: that is how a stop reaches it.
+Progress = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was decided. ``document`` holds ``order`` (candidate ids, best first) and ``explain``."""
+
+    chosen: str | None
+    document: dict[str, Any]
+    measurements: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quarantine: dict[str, dict[str, Any]] = field(default_factory=dict)
+    why: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What earlier trials of the version left: measurements and quarantine by candidate id."""
+
+    measurements: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    quarantine: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """The device as the choice needs it; the callables answer for the moment of the call."""
+
+    facts: Facts
+    profile: Profile
+    threads: int
+    cpus: tuple[int, ...]
+    inventory: Callable[[], RuntimeInventory]
+    headroom_mb: Callable[[], int]
+    power_mode: Callable[[], str | None]
+
+
+#: (manifest, blobs, what is known, shapes for made-up inputs, progress) -> choice
+ChooseVariant = Callable[[Manifest, Mapping[str, BlobRef], Known, Mapping[str, list[int]], Progress], Choice]
+
+
+def key_on(device: DeviceView, candidate: Candidate, inventory: RuntimeInventory, manifest: Manifest) -> MeasurementKey:
+    """What a measurement of that candidate on this device depends on."""
+    installed = inventory.get(candidate.runtime)
+    return measurement_key(
+        variant_digest=candidate.digest,
+        runtime=candidate.runtime,
+        runtime_version=installed.version if installed else "",
+        provider=candidate.provider,
+        threads=device.threads,
+        features=device.facts.features,
+        power_mode=device.power_mode(),
+        golden_digest=manifest.golden.file.sha256 if manifest.golden else None,
+    )
+
+
+def outdated(device: DeviceView, manifest: Manifest, known: Known, chosen: str | None) -> tuple[str, ...]:
+    """What has changed since the chosen candidate was measured: ``("runtime_version: 1.31.0 -> 1.32.0",)``."""
+    document = known.measurements.get(chosen or "")
+    if document is None:
+        return ("no variant was measured",)
+    measurement = Measurement.from_json(dict(document))
+    variant = manifest.variant(measurement.candidate_id.partition("@")[0])
+    candidate = candidate_of(variant, measurement.key.provider)
+    return measurement.key.changes(key_on(device, candidate, device.inventory(), manifest))
