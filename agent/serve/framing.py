@@ -9,6 +9,7 @@ reading is how requests are smuggled. The parser keeps at most one request and t
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -57,7 +58,8 @@ class ProtocolError(PeerError):
 class Head:
     """Request line and fields. ``fields`` has lower-case names, repeated ones joined by a comma; values as latin-1.
 
-    ``length`` is the announced body length, None when the body is chunked or there is none.
+    ``length`` is the announced body length, None when the body is chunked or there is none. ``inference_length`` is the
+    Open Inference Protocol's: that many bytes of the body are JSON, and what follows should lie aligned in memory.
     """
 
     method: str
@@ -65,13 +67,10 @@ class Head:
     minor: int
     fields: dict[str, str]
     length: int | None
+    inference_length: int | None
     chunked: bool
     keep_alive: bool
     expects_continue: bool
-
-    def count(self, name: str) -> int | None:
-        """The field ``name`` as a count; None when it is missing. Raises ProtocolError when it is no plain number."""
-        return read_count(self.fields, name)
 
 
 def read_count(fields: dict[str, str], name: str) -> int | None:
@@ -156,6 +155,7 @@ def read_head(line: tuple[str, str, int], fields: dict[str, str]) -> Head:
         minor=minor,
         fields=fields,
         length=read_count(fields, "content-length"),
+        inference_length=read_count(fields, "inference-header-content-length"),
         chunked=coding is not None,
         keep_alive="close" not in options if minor else "keep-alive" in options,
         expects_continue=_expects_continue(fields, minor),
@@ -169,6 +169,12 @@ def _expects_continue(fields: dict[str, str], minor: int) -> bool:
     if expectation.lower() != "100-continue":
         raise ProtocolError(417, "cannot read request: the only expectation served is 100-continue")
     return True
+
+
+def _memory(size: int) -> bytearray | memoryview:
+    """Memory that is about to be filled wholly. numpy, where it is loaded anyway, does not clear it first."""
+    numpy = sys.modules.get("numpy")
+    return bytearray(size) if numpy is None else numpy.empty(size, "u1").data
 
 
 class RequestParser:
@@ -202,7 +208,7 @@ class RequestParser:
         self._reader = reader
         self._buffer: bytes | bytearray = b""
         self._start = 0  # first byte of the buffer that is not consumed
-        self._body: bytearray | None = None
+        self._body: bytearray | memoryview | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -238,7 +244,7 @@ class RequestParser:
         """Where the next bytes of a large body may be written directly, else None."""
         if self._body is None or self._stage != "body":
             return None
-        return memoryview(self._body)[self._pad + self._filled : self._pad + self._wanted]
+        return memoryview(self._body)[self._pad + self._filled :]
 
     def wrote(self, count: int) -> None:
         """``count`` bytes were written into ``room()``."""
@@ -317,14 +323,14 @@ class RequestParser:
             raise ProtocolError(431, f"cannot read request: more than {limits.head_fields} headers")
         self._pairs.append(read_field_line(line))
 
-    def start_body(self, limit: int, lead: int = 0, reserve: Callable[[int], None] | None = None) -> None:
+    def start_body(self, limit: int, reserve: Callable[[int], None] | None = None) -> None:
         """Allow a body of up to ``limit`` bytes. Raises ProtocolError 413 before anything is allocated.
 
-        ``lead``: that many bytes of the body stand before what should lie aligned in memory. ``reserve`` is called with
-        the number of bytes about to be allocated, and may raise.
+        ``reserve`` is called with the number of bytes about to be allocated, and may raise.
         """
         head = self._head
         assert head is not None
+        lead = head.inference_length or 0
         self._limit, self._reserve = limit, reserve
         if head.chunked:
             self._stage = "size"
@@ -340,7 +346,7 @@ class RequestParser:
             if reserve is not None:
                 reserve(self._wanted)
             self._pad = -lead % _ALIGNMENT
-            self._body = bytearray(self._pad + self._wanted)
+            self._body = _memory(self._pad + self._wanted)
             self._body[self._pad : self._pad + have] = memoryview(self._buffer)[self._start :]
             self._filled = have
             self._buffer, self._start = b"", 0
@@ -401,7 +407,7 @@ class RequestParser:
         take = min(self._chunk_left, len(self._buffer) - self._start)
         if not take:
             return False
-        assert self._body is not None
+        assert isinstance(self._body, bytearray)
         with memoryview(self._buffer) as view:
             self._body += view[self._start : self._start + take]
         self._start += take

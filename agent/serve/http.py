@@ -66,12 +66,13 @@ class Connection:
     """Owns its socket. The server calls ``open``, ``expire``, ``drain`` and ``abort``; the event loop all else."""
 
     __slots__ = (
-        "_cut_at", "_discard", "_eof", "_head", "_held", "_keep_alive", "_match", "_owner", "_parser", "_phase",
-        "_refusal", "_request", "_stream", "_streaming", "_task", "_timer", "peer",
+        "_cut_at", "_discard", "_eof", "_head", "_held", "_keep_alive", "_limits", "_match", "_owner", "_parser",
+        "_phase", "_refusal", "_request", "_stream", "_streaming", "_task", "_timer", "peer",
     )  # fmt: skip
 
     def __init__(self, owner: Owner, sock: socket.socket, peer: Peer) -> None:
         self._owner = owner
+        self._limits = owner.limits
         self._stream = Stream(owner.loop, sock, self._readable, self._flushed)
         self.peer = peer
         self._parser = RequestParser(owner.heads)
@@ -99,7 +100,7 @@ class Connection:
         if now < self._cut_at:
             return
         if self._phase in ("head", "body"):
-            seconds = self._owner.limits.request_s
+            seconds = self._limits.request_s
             self._refuse(ProtocolError(408, f"cannot read request: not complete within {seconds:g} s"))
         elif self._phase == "handling":
             self._out_of_time()
@@ -129,7 +130,7 @@ class Connection:
         try:
             if self._phase == "body" and self._fill_body():
                 return
-            data = self._stream.read(self._owner.limits.descriptors)
+            data = self._stream.read(self._limits.descriptors)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -149,7 +150,7 @@ class Connection:
             room = self._parser.room()
             if room is None:
                 return False
-            count = self._stream.read_into(room, self._owner.limits.descriptors)
+            count = self._stream.read_into(room, self._limits.descriptors)
             if not count:
                 self._end_of_input()
                 return True
@@ -160,21 +161,20 @@ class Connection:
         return True
 
     def _take(self, data: bytes) -> None:
-        if self._phase == "linger":
+        if self._phase in ("idle", "head", "body"):
+            self._parser.feed(data)
+            self._advance()
+        elif self._phase == "linger":
             self._stream.close_descriptors()
             self._discard -= len(data)
             if self._discard <= 0:
                 self.abort()
-            return
-        if self._phase in ("handling", "writing"):
+        else:
             self._stream.pause()
-            if self._owner.limits.pipelining:
+            if self._limits.pipelining:
                 self._parser.feed(data)
             else:
                 self._keep_alive = False
-            return
-        self._parser.feed(data)
-        self._advance()
 
     def _end_of_input(self) -> None:
         """The peer sends no more. It may still want its answers, unless it is gone altogether."""
@@ -221,7 +221,7 @@ class Connection:
             if not self._parser.pending:
                 return False
             self._phase = "head"
-            self._cut_at = time.monotonic() + self._owner.limits.request_s
+            self._cut_at = time.monotonic() + self._limits.request_s
         if self._phase == "head":
             head = self._parser.next_head()
             if head is None:
@@ -242,7 +242,7 @@ class Connection:
         """Refuse what can be refused before a body is taken, and make room for the body."""
         self._head = head
         self._keep_alive = head.keep_alive
-        limit, lead = READ_BYTES, 0
+        limit = READ_BYTES
         try:
             match = self._match = self._admit(head)
         except AgentError as error:
@@ -252,9 +252,8 @@ class Connection:
             self._refusal = error
         else:
             route = match.route
-            limit = self._owner.limits.body_bytes if route.body_bytes is None else route.body_bytes
-            lead = route.lead(head) if route.lead else 0
-        self._parser.start_body(limit, lead, self._reserve)
+            limit = self._limits.body_bytes if route.body_bytes is None else route.body_bytes
+        self._parser.start_body(limit, self._reserve)
         self._phase = "body"
         if head.expects_continue and (head.chunked or head.length) and not self._parser.pending:
             self._send(_CONTINUE)
@@ -285,12 +284,20 @@ class Connection:
         head, match = self._head, self._match
         assert head is not None
         assert match is not None
-        if self._parser.pending and not self._owner.limits.pipelining:
+        if self._parser.pending and not self._limits.pipelining:
             self._keep_alive = False
         if match.route.deadline_s is not None:
             self._cut_at = time.monotonic() + match.route.deadline_s
         request = self._request = Request(
-            head.method, match.path, match.query, head.fields, body, self.peer, match.params, self._cut_at
+            head.method,
+            match.path,
+            match.query,
+            head.fields,
+            body,
+            self.peer,
+            match.params,
+            self._cut_at,
+            head.inference_length,
         )
         if self._stream.descriptors:
             request.descriptors, self._stream.descriptors = self._stream.descriptors, []
@@ -376,7 +383,7 @@ class Connection:
             self._send(first, *(() if bodiless else response.parts))
         self._owner.answered(match, response.status)
         if self._stream.backlog:
-            self._cut_at = time.monotonic() + self._owner.limits.write_s
+            self._cut_at = time.monotonic() + self._limits.write_s
             self._held += self._stream.backlog
             self._owner.ledger.charge(self.peer.uid, self._stream.backlog)
         elif self._phase == "writing":
@@ -398,7 +405,7 @@ class Connection:
         self._release()
         if self._keep_alive:
             self._phase = "idle"
-            self._cut_at = time.monotonic() + self._owner.limits.idle_s
+            self._cut_at = time.monotonic() + self._limits.idle_s
         elif self._discard and not self._eof:
             self._linger()
         else:
@@ -407,7 +414,7 @@ class Connection:
     def _linger(self) -> None:
         """Say that no more comes, and throw away what the peer still sends, for a moment (RFC 9112 section 9.6)."""
         self._phase = "linger"
-        self._cut_at = time.monotonic() + self._owner.limits.linger_s
+        self._cut_at = time.monotonic() + self._limits.linger_s
         try:
             self._stream.finish()
         except OSError:

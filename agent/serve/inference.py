@@ -15,12 +15,9 @@ from agent.infer.tensors import InferRequest, InferResponse
 from agent.serve import oip
 from agent.serve.access import INFER, ModelRules, Peer
 from agent.serve.exchange import Request, Response, error_answer, json_response
-from agent.serve.framing import Head
 from agent.serve.limits import Limits
 from agent.serve.routes import Route
 from agent.serve.statistics import Statistics
-
-HEADER_LENGTH = "inference-header-content-length"
 
 
 class ModelServer(Protocol):
@@ -88,7 +85,7 @@ class Inference:
                 Route("GET", pattern, INFER, self._metadata, self._admit),
                 Route("GET", f"{pattern}/ready", INFER, self._model_ready, self._admit),
                 Route("GET", f"{pattern}/stats", INFER, self._stats, self._admit),
-                Route("POST", f"{pattern}/infer", INFER, self._infer, self._admit, needs_body=True, lead=_lead),
+                Route("POST", f"{pattern}/infer", INFER, self._infer, self._admit, needs_body=True),
             ]
         return rows
 
@@ -158,9 +155,9 @@ class Inference:
         started = time.perf_counter_ns()
         name, version = request.params["model"], request.params.get("version")
         try:
-            length = request.fields.get(HEADER_LENGTH)
-            decoded = oip.decode_request(request.body, None if length is None else int(length), self._limits.json_bytes)
-            self._shorten(request, decoded.request)
+            decoded = oip.decode_request(request.body, request.inference_length, self._limits.json_bytes)
+            if decoded.request.parameters:
+                self._shorten(request, decoded.request)
             answer = self._models.infer(name, version, decoded.request, request.deadline)
             if isinstance(answer, InferResponse):
                 return self._answer(answer, decoded, started)
@@ -187,8 +184,10 @@ class Inference:
             return self._failed(error, *model, started)
 
     def _answer(self, response: InferResponse, decoded: oip.Decoded, started: int) -> Response:
-        wants_labels = any(output.classification for output in decoded.request.outputs)
-        labels = self._labels(response.model_name, response.model_version) if wants_labels else ()
+        labels: Sequence[str] = ()
+        outputs = decoded.request.outputs
+        if outputs and any(output.classification for output in outputs):
+            labels = self._labels(response.model_name, response.model_version)
         answer = oip.encode_response(response, decoded, self._limits.json_bytes, labels)
         said = response.parameters
         self._statistics.succeeded(
@@ -211,11 +210,6 @@ class Inference:
 
 def _closed(name: str) -> RefusedError:
     return RefusedError(f"cannot use model '{name[:64]}': it is not open to this user")
-
-
-def _lead(head: Head) -> int:
-    """Bytes of JSON before the binary tensors, which should lie aligned; also checks the field early."""
-    return head.count(HEADER_LENGTH) or 0
 
 
 def _nanoseconds(microseconds: Any) -> int:

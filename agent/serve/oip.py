@@ -12,12 +12,21 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agent.base.datatypes import DATATYPES, ITEM_SIZE, NUMPY_NAME, decode_bytes_elements, encode_bytes_elements
 from agent.base.errors import AgentError, PeerError, TooLargeError, UnsupportedError
 from agent.infer.tensors import InferRequest, InferResponse, RequestedOutput, Tensor
-from agent.serve.exchange import BINARY, JSON, Part, Response, encode_json, read_json
+from agent.serve.exchange import (
+    BINARY,
+    JSON,
+    Part,
+    Response,
+    encode_json,
+    encode_parameters,
+    encode_text,
+    read_json,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,8 +51,7 @@ _INT_RANGE = {
 _NO_PARAMETERS: Mapping[str, Any] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
+class Decoded(NamedTuple):
     """A request, and whether outputs that it does not name go out as binary."""
 
     request: InferRequest
@@ -80,10 +88,7 @@ def decode_request(body: bytes | memoryview, header_length: int | None, json_byt
     """
     if header_length is None:
         header_length = len(body)
-        tail = memoryview(b"")
-    elif 0 < header_length <= len(body):
-        tail = memoryview(body)[header_length:]
-    else:
+    elif not 0 < header_length <= len(body):
         raise PeerError(
             f"Inference-Header-Content-Length: {header_length}, but the body has {len(body)} bytes"
             if header_length
@@ -94,31 +99,30 @@ def decode_request(body: bytes | memoryview, header_length: int | None, json_byt
             f"cannot read JSON: {header_length} bytes, at most {json_bytes} are taken",
             hint="send tensors as binary data, with Inference-Header-Content-Length",
         )
-    if tail and header_length <= _REMEMBERED_BYTES:
+    if header_length <= _REMEMBERED_BYTES and header_length < len(body):
         plan = _remembered_plan(bytes(body[:header_length]))
     else:
         plan = _plan(body[:header_length])
-    request = InferRequest(_tensors(plan.inputs, tail), plan.outputs, plan.id, plan.parameters)
+    request = InferRequest(_tensors(plan.inputs, body, header_length), plan.outputs, plan.id, plan.parameters)
     return Decoded(request, plan.binary)
 
 
-def _tensors(inputs: Sequence[_Input], tail: memoryview) -> tuple[Tensor, ...]:
+def _tensors(inputs: Sequence[_Input], body: bytes | memoryview, offset: int) -> tuple[Tensor, ...]:
+    """The inputs, the binary ones from ``offset`` on, which they must use up."""
     tensors = []
-    offset = 0
     for part in inputs:
         if part.size is None:
             array = _from_json(part)
         else:
             end = offset + part.size
-            if end > len(tail):
-                raise PeerError(
-                    f"input '{part.name}': binary_data_size {part.size}, but {len(tail) - offset} bytes are left"
-                )
-            array = _from_binary(part, tail[offset:end])
+            if end > len(body):
+                left = len(body) - offset
+                raise PeerError(f"input '{part.name}': binary_data_size {part.size}, but {left} bytes are left")
+            array = _from_binary(part, body, offset)
             offset = end
         tensors.append(Tensor(part.name, part.datatype, array))
-    if offset != len(tail):
-        raise PeerError(f"binary data: {len(tail) - offset} bytes left over after the inputs")
+    if offset != len(body):
+        raise PeerError(f"binary data: {len(body) - offset} bytes left over after the inputs")
     return tuple(tensors)
 
 
@@ -269,22 +273,29 @@ def _check_elements(datatype: str, count: int, label: str) -> None:
 # Arrays from bytes and from JSON values.
 
 
-def _from_binary(part: _Input, view: memoryview) -> NDArray[Any]:
+def _from_binary(part: _Input, body: bytes | memoryview, offset: int) -> NDArray[Any]:
+    """A view of the body, or a copy where it does not lie as its items need."""
     import numpy as np  # noqa: PLC0415 - a daemon that serves nothing yet never loads it
 
     if part.datatype == "BYTES":
+        view = memoryview(body)[offset : offset + (part.size or 0)]
         try:
             return _objects(decode_bytes_elements(view, part.count), part.shape)
         except ValueError as error:
             raise PeerError(f"input '{part.name}': {error}") from error
-    if not part.count:
-        return np.empty(part.shape, NUMPY_NAME[part.datatype])
-    array: NDArray[Any] = np.frombuffer(view, NUMPY_NAME[part.datatype])
+    array: NDArray[Any] = np.ndarray(part.shape, _dtype(part.datatype), body, offset)
     if not array.flags.aligned:
         array = array.copy()
-    if part.datatype == "BOOL" and np.frombuffer(view, "u1").max() > 1:
+    if part.datatype == "BOOL" and part.count and array.view("u1").max() > 1:
         raise PeerError(f"input '{part.name}': BOOL bytes must be 0 or 1")
-    return array.reshape(part.shape)
+    return array
+
+
+@functools.lru_cache(maxsize=32)
+def _dtype(datatype: str) -> np.dtype[Any]:
+    import numpy as np  # noqa: PLC0415
+
+    return np.dtype(NUMPY_NAME[datatype])
 
 
 def _objects(elements: Sequence[bytes], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -375,29 +386,43 @@ def encode_response(response: InferResponse, decoded: Decoded, json_bytes: int, 
 
     Raises PeerError for what JSON cannot say, TooLargeError for a JSON answer far over ``json_bytes``.
     """
-    outputs: list[dict[str, Any]] = []
+    outputs: list[str] = []
     tails: list[Part] = []
     for tensor, wanted in _chosen(response, decoded):
         if wanted is not None and wanted.classification:
             tensor = classify(tensor, wanted.classification, labels)  # noqa: PLW2901
-        entry: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.array.shape)}
         if decoded.binary if wanted is None else wanted.binary:
             tail = _to_binary(tensor)
-            entry["parameters"] = {"binary_data_size": len(tail)}
+            outputs.append(_binary_entry(tensor.name, tensor.datatype, tensor.array.shape, len(tail)))
             tails.append(tail)
         else:
-            entry.update(_to_json(tensor, json_bytes))
-        outputs.append(entry)
-    document: dict[str, Any] = {"model_name": response.model_name, "model_version": response.model_version}
+            outputs.append(_json_entry(tensor, json_bytes))
+    said = _answer_start(response.model_name, response.model_version)
     if response.id or decoded.request.id:
-        document["id"] = response.id or decoded.request.id
+        said += f',"id":{encode_text(response.id or decoded.request.id)}'
     if response.parameters:
-        document["parameters"] = dict(response.parameters)
-    document["outputs"] = outputs
-    head = encode_json(document)
+        said += f',"parameters":{encode_parameters(response.parameters)}'
+    head = f'{said},"outputs":[{",".join(outputs)}]}}'.encode("ascii")
     if not tails:
         return Response(200, (head,), JSON)
     return Response(200, (head, *tails), BINARY, (("Inference-Header-Content-Length", str(len(head))),))
+
+
+@functools.lru_cache(maxsize=64)
+def _answer_start(model: str, version: str) -> str:
+    return f'{{"model_name":{encode_text(model)},"model_version":{encode_text(version)}'
+
+
+@functools.lru_cache(maxsize=128)
+def _binary_entry(name: str, datatype: str, shape: tuple[int, ...], size: int) -> str:
+    parameters = {"binary_data_size": size}
+    entry = {"name": name, "datatype": datatype, "shape": shape, "parameters": parameters}
+    return encode_json(entry).decode("ascii")
+
+
+def _json_entry(tensor: Tensor, json_bytes: int) -> str:
+    entry = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.array.shape}
+    return encode_json(entry | _to_json(tensor, json_bytes)).decode("ascii")
 
 
 def _chosen(response: InferResponse, decoded: Decoded) -> list[tuple[Tensor, RequestedOutput | None]]:
@@ -416,7 +441,7 @@ def _to_binary(tensor: Tensor) -> Part:
 
     if tensor.datatype == "BYTES":
         return encode_bytes_elements(_as_bytes(value) for value in tensor.array.ravel().tolist())
-    array = np.ascontiguousarray(tensor.array, dtype=NUMPY_NAME[tensor.datatype])
+    array = np.ascontiguousarray(tensor.array, _dtype(tensor.datatype))
     if array.nbytes <= _SMALL_BYTES:
         return array.tobytes()
     return array.reshape(-1).view("u1").data

@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes
 from agent.base.errors import NotFoundError, RefusedError
 from agent.serve.access import Peer
 from agent.serve.exchange import Request, Response
-from agent.serve.framing import Head, ProtocolError
+from agent.serve.framing import ProtocolError
 
 Handler = Callable[[Request], "Response | Awaitable[Response]"]
 
@@ -28,7 +28,6 @@ class Route:
 
     ``admit(peer, params)`` may refuse as soon as the head is there, before a body is taken. ``needs_body``: a request
     without a length gets 411. ``body_bytes`` and ``deadline_s`` replace the socket's limits for this row.
-    ``lead(head)``: bytes at the start of the body after which memory should be aligned.
     """
 
     method: str
@@ -39,7 +38,6 @@ class Route:
     needs_body: bool = False
     body_bytes: int | None = None
     deadline_s: float | None = None
-    lead: Callable[[Head], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

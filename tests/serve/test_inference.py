@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from agent.serve.access import ModelRule, ModelRules, Peer
-from agent.serve.framing import HeadReader, RequestParser
 from agent.serve.inference import Inference
 from agent.serve.limits import Limits
 from agent.serve.routes import RouteTable
@@ -232,14 +231,3 @@ def test_every_row_is_reachable_and_has_the_right_of_its_socket() -> None:
         target = route.pattern.replace("{model}", "double").replace("{version}", "1.0.0")
         assert table.match(route.method, target).route is route
         assert route.right == "infer"
-
-
-def test_the_json_length_is_where_memory_is_aligned() -> None:
-    table = RouteTable(Inference(ToyModels(), limits=Limits()).routes())
-    parser = RequestParser(HeadReader(Limits()))
-    parser.feed(post("/v2/models/double/infer", b"", "Inference-Header-Content-Length: 123"))
-    head = parser.next_head()
-    assert head is not None
-    lead = table.match(head.method, head.target).route.lead
-    assert lead is not None
-    assert lead(head) == 123
