@@ -11,12 +11,15 @@ import re
 import stat
 from pathlib import PurePath
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 
 from agent.base.errors import PeerError, TooLargeError, UnsupportedError
-from agent.bundles.kinds import HEAD_BYTES, kind_of
-from agent.bundles.manifest import MAX_FILE_BYTES, FileRef, Manifest, Technique, Variant
-from agent.bundles.onnx_signature import Signature, read_signature
+from agent.bundles.kinds import HEAD_BYTES, Kind, kind_of
+from agent.bundles.manifest import MAX_FILE_BYTES, FileRef, Manifest, Runtime, Technique, Variant
+from agent.bundles.onnx_signature import Signature
+from agent.bundles.onnx_signature import read_signature as read_onnx
+from agent.bundles.tflite_signature import TfliteSignature
+from agent.bundles.tflite_signature import read_signature as read_tflite
 
 _BLOCK = 1 << 20
 
@@ -25,8 +28,17 @@ def describe(descriptor: int, *, file_name: str = "", name: str | None = None) -
     """The manifest for the bare model in ``descriptor`` (a regular file or memfd; its position is not moved).
 
     ``name`` as given, else made from ``file_name``. The digest in it is that of the bytes read here: whoever stores the
-    file compares again. PeerError: no model, damaged, in several files. UnsupportedError: TFLite (not yet), ORT format.
+    file compares again. PeerError: no model, damaged, in several files. UnsupportedError: what cannot be served.
     """
+    signature = signature_of(descriptor)
+    size = os.fstat(descriptor).st_size
+    digest = _sha256(descriptor, size)
+    model = name if name is not None else name_from(file_name)
+    return _manifest(model, signature, digest, size)
+
+
+def signature_of(descriptor: int) -> Signature | TfliteSignature:
+    """The signature of the ONNX or TFLite file in ``descriptor``. Errors as those of ``describe``."""
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         raise PeerError("cannot read model file: not a regular file")
@@ -34,11 +46,9 @@ def describe(descriptor: int, *, file_name: str = "", name: str | None = None) -
         raise PeerError("cannot read model file: it is empty")
     if status.st_size > MAX_FILE_BYTES:
         raise TooLargeError(f"cannot read model file: {status.st_size} bytes, {MAX_FILE_BYTES} fit")
-    refuse_other_kinds(os.pread(descriptor, HEAD_BYTES, 0))
-    signature = read_signature(descriptor, status.st_size)
-    digest = _sha256(descriptor, status.st_size)
-    model = name if name is not None else name_from(file_name)
-    return _manifest(model, signature, digest, status.st_size)
+    kind = kind_of(os.pread(descriptor, HEAD_BYTES, 0))
+    _refuse(kind)
+    return (read_tflite if kind == "tflite" else read_onnx)(descriptor, status.st_size)
 
 
 def name_from(file_name: str) -> str:
@@ -57,15 +67,16 @@ def version_from(sha256: str) -> str:
     return f"0.0.0-sha-{sha256[:12]}"
 
 
-def _manifest(name: str, signature: Signature, sha256: str, size: int) -> Manifest:
+def _manifest(name: str, signature: Signature | TfliteSignature, sha256: str, size: int) -> Manifest:
     technique = (Technique(name="quantized"),) if signature.precision in ("int8", "int4") else ()
+    runtime: Runtime = "tflite" if isinstance(signature, TfliteSignature) else "onnx"
     variant = Variant(
         id=signature.precision,
-        runtime="onnx",
+        runtime=runtime,
         precision=signature.precision,
         technique=technique,
-        file=FileRef(name="model.onnx", sha256=sha256, size=size),
-        parameters={"opset": signature.opset, "ir_version": signature.ir_version, "producer": signature.producer},
+        file=FileRef(name=f"model.{runtime}", sha256=sha256, size=size),
+        parameters=_parameters(signature),
     )
     try:
         return Manifest(
@@ -83,14 +94,22 @@ def _manifest(name: str, signature: Signature, sha256: str, size: int) -> Manife
         raise PeerError(f"cannot describe model file as {name!r}: {field}: {problem['msg']}", hint=hint) from error
 
 
-def refuse_other_kinds(head: bytes) -> None:
-    """PeerError or UnsupportedError that names what the file is, where its first bytes tell that it is no ONNX."""
-    kind = kind_of(head)
-    if kind == "tflite":
-        raise UnsupportedError(
-            "cannot use model file: TFLite models cannot be served yet",
-            hint="convert it to ONNX, for example by tf2onnx",
-        )
+def _parameters(signature: Signature | TfliteSignature) -> dict[str, JsonValue]:
+    """What the file says besides its signature; how inputs and outputs are quantized is for whoever fills them."""
+    if isinstance(signature, Signature):
+        return {"opset": signature.opset, "ir_version": signature.ir_version, "producer": signature.producer}
+    found: dict[str, JsonValue] = {"producer": signature.producer}
+    if signature.key:
+        found["signature"] = signature.key
+    if signature.quantization:
+        found["quantization"] = {
+            name: {"scale": scale, "zero_point": zero} for name, (scale, zero) in signature.quantization.items()
+        }
+    return found
+
+
+def _refuse(kind: Kind) -> None:
+    """PeerError or UnsupportedError that names what a file is that is no bare model."""
     if kind == "ort":
         raise UnsupportedError(
             "cannot use model file: ORT format carries no readable signature",

@@ -8,7 +8,7 @@ Source: onnx/onnx.proto3 of the ONNX project (field numbers), onnx/docs/IR.md (i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from agent.base.datatypes import Datatype
@@ -101,31 +101,6 @@ def read_signature(descriptor: int, size: int) -> Signature:
     if not inputs or not outputs:
         raise UnsupportedError(f"cannot use model file: its graph has no {'outputs' if inputs else 'inputs'}")
     return Signature(inputs, outputs, opset, ir_version, " ".join(filter(None, producer)), _precision(found))
-
-
-def differences(signature: Signature, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> list[str]:
-    """What keeps a file from standing for a manifest's ``inputs`` and ``outputs``, in words; empty when nothing does.
-
-    Shapes are compared only where both sides fix an axis: exporters differ in which axes they leave free.
-    """
-    found: list[str] = []
-    for what, have, want in (("input", signature.inputs, inputs), ("output", signature.outputs, outputs)):
-        by_name = {spec.name: spec for spec in have}
-        for spec in want:
-            other = by_name.pop(spec.name, None)
-            if other is None:
-                found.append(f"it has no {what} {spec.name!r}")
-            elif other.datatype != spec.datatype:
-                found.append(f"{what} {spec.name!r} is {other.datatype}, not {spec.datatype}")
-            elif not (spec.any_rank or other.any_rank or _compatible(other.shape, spec.shape)):
-                found.append(f"{what} {spec.name!r} has shape {list(other.shape)}, not {list(spec.shape)}")
-        if what == "input":
-            found.extend(f"it wants another input, {name!r}" for name in by_name)
-    return found
-
-
-def _compatible(left: Sequence[int], right: Sequence[int]) -> bool:
-    return len(left) == len(right) and all(-1 in (a, b) or a == b for a, b in zip(left, right, strict=True))
 
 
 def _default_opset(reader: WireReader, message: Message) -> int:

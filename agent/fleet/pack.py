@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from agent.base.errors import NotFoundError, PeerError
+from agent.base.errors import NotFoundError, PeerError, UnsupportedError
 from agent.base.files import fsync_directory, read_bounded, temporary_name
-from agent.bundles import archive
-from agent.bundles.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRef, Manifest, parse_manifest
-from agent.bundles.onnx_signature import Signature, differences, read_signature
+from agent.bundles import archive, bare
+from agent.bundles.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRef, Manifest, Variant, parse_manifest
+from agent.bundles.onnx_signature import Signature
+from agent.bundles.signature import differences
+from agent.bundles.tflite_signature import TfliteSignature
 
 #: Told how far the work is: what is being done, parts done, parts in all.
 Progress = Callable[[str, int, int], None]
@@ -68,8 +70,7 @@ def pack_folder(folder: Path, out: Path | None = None) -> Packed:
     manifest = _completed_manifest(folder)
     paths = {ref.name: folder / ref.name for ref in manifest.files()}
     for variant in manifest.variants:
-        if variant.runtime == "onnx":
-            check_signature(manifest, variant.id, signature_of(paths[variant.file.name]))
+        check_signature(manifest, variant, signature_of(paths[variant.file.name]))
     return write_bundle(manifest, paths, out)
 
 
@@ -83,21 +84,26 @@ def write_bundle(
     return Packed(path, path.stat().st_size, manifest, left_out or {})
 
 
-def signature_of(path: Path) -> Signature:
-    """The signature of an ONNX file on disk. PeerError, UnsupportedError with the file's name, OSError."""
+def signature_of(path: Path) -> Signature | TfliteSignature:
+    """The signature of an ONNX or TFLite file on disk. PeerError, UnsupportedError with the file's name, OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        return read_signature(descriptor, os.fstat(descriptor).st_size)
+        return bare.signature_of(descriptor)
+    except (PeerError, UnsupportedError) as error:
+        raise type(error)(str(error).replace("model file", path.name, 1), hint=error.hint) from error
     finally:
         os.close(descriptor)
 
 
-def check_signature(manifest: Manifest, variant_id: str, signature: Signature) -> None:
-    """PeerError unless the variant takes and gives what the manifest says."""
+def check_signature(manifest: Manifest, variant: Variant, signature: Signature | TfliteSignature) -> None:
+    """PeerError unless the variant is for the runtime that it names and takes and gives what the manifest says."""
+    runtime = "tflite" if isinstance(signature, TfliteSignature) else "onnx"
     problems = differences(signature, manifest.inputs, manifest.outputs)
+    if runtime != variant.runtime:
+        problems.insert(0, f"its file is {runtime}, not {variant.runtime}")
     if problems:
         raise PeerError(
-            f"cannot pack {manifest.name}: variant {variant_id} does not fit the manifest: {'; '.join(problems)}"
+            f"cannot pack {manifest.name}: variant {variant.id} does not fit the manifest: {'; '.join(problems)}"
         )
 
 

@@ -28,8 +28,7 @@ from agent.bundles.agreement import (
     top1_accuracy,
 )
 from agent.bundles.arrays import dump_arrays, load_arrays
-from agent.bundles.bare import name_from, refuse_other_kinds
-from agent.bundles.kinds import HEAD_BYTES
+from agent.bundles.bare import name_from
 from agent.bundles.manifest import (
     GoldenMetric,
     Manifest,
@@ -41,6 +40,7 @@ from agent.bundles.manifest import (
     parse_manifest,
 )
 from agent.bundles.onnx_signature import Signature
+from agent.bundles.tflite_signature import TfliteSignature
 from agent.fleet import quantize
 from agent.fleet.pack import Packed, Progress, check_signature, file_ref, scratch_folder, signature_of, write_bundle
 
@@ -119,7 +119,7 @@ def pack_model(options: PackOptions, progress: Progress) -> Packed:
         for variant in manifest.variants:
             path = scratch / variant.file.name
             try:
-                check_signature(manifest, variant.id, signature_of(path))
+                check_signature(manifest, variant, signature_of(path))
                 rated.append(variant if reference is None else _rated(variant, path, reference, options, progress))
             except AgentError as error:
                 _leave_out(options, left_out, variant.id, str(error))
@@ -130,9 +130,12 @@ def pack_model(options: PackOptions, progress: Progress) -> Packed:
 def _fp32_signature(model: Path) -> Signature:
     if not model.is_file():
         raise PeerError(f"cannot pack {model}: no such file")
-    with model.open("rb") as stream:
-        refuse_other_kinds(stream.read(HEAD_BYTES))
     signature = signature_of(model)
+    if isinstance(signature, TfliteSignature):
+        raise PeerError(
+            f"cannot pack {model.name}: variants are made from an ONNX model, this one is TFLite",
+            hint="put it into a folder with a model.json: edge-fleet pack DIR",
+        )
     if signature.precision != "fp32":
         raise PeerError(
             f"cannot pack {model.name}: it is {signature.precision} already; variants are made from an fp32 model",

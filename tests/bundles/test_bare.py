@@ -211,7 +211,7 @@ def test_a_model_without_inputs_or_with_repeated_names_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("data", "kind", "reason"),
-    [(b"\x1c\0\0\0TFL3" + bytes(600), "tflite", "TFLite models cannot be served yet"),
+    [(b"\x1c\0\0\0TFL3" + bytes(600), "tflite", "damaged or cut short"),
      (b"\x1c\0\0\0ORTM" + bytes(600), "ort", "ORT format"),
      (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer", "Git LFS pointer"),
      (bytes(257) + b"ustar" + bytes(600), "edgemodel", "a bundle"),
