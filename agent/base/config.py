@@ -88,7 +88,7 @@ class StoreConfig(_Section):
 class SelectionConfig(_Section):
     """How candidates are tried."""
 
-    candidates: Annotated[int, Field(ge=1, le=64)] = 4
+    candidates: Annotated[int, Field(ge=1, le=64)] = 6
     # Halfway each candidate gets a fresh process, hence at least two rounds before and after.
     min_rounds: Annotated[int, Field(ge=4, le=10_000)] = 12
     max_rounds: Annotated[int, Field(ge=4, le=10_000)] = 48

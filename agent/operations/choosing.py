@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agent.bundles.agreement import passes
-from agent.bundles.manifest import Manifest, TensorSpec
+from agent.bundles.manifest import Manifest, Policy, TensorSpec
 from agent.infer.tensors import fits
 from agent.infer.trial import Entrant, Surroundings, Trial, TrialPlan
 from agent.operations.measured import Choice, DeviceView, Known, Progress, key_on
@@ -111,22 +111,26 @@ class VariantChooser:
         headroom: int,
         progress: Progress,
     ) -> list[Measurement]:
-        """Trials of the best candidates by prior; all of them anew when one has no valid measurement."""
-        tried = [prior.candidate for prior in priors][: self._settings.candidates]
-        kept = [_kept(known.measurements.get(candidate.id), keys[candidate.id]) for candidate in tried]
-        valid = [measurement for measurement in kept if measurement is not None]
-        if tried and len(valid) == len(tried) and not shapes:
-            return valid
-        plan = self._plan(manifest, blobs, shapes, headroom)
-        entrants = [self._entrant(candidate, keys[candidate.id], manifest, blobs) for candidate in tried]
-        trial = Trial(entrants, plan, replace(self._around, progress=progress))
+        """Trials of the best candidates by prior, and while none of them can answer, of the next best.
 
-        def still_needed(measured: Sequence[Measurement], done: int, most: int) -> Collection[str]:
-            if not more_rounds_needed(measured, done, most, manifest.policy, priors):
-                return ()
-            return contenders(manifest.policy, measured, priors)
-
-        return [self._with_energy(measurement) for measurement in trial.run(still_needed)]
+        What was measured before counts when that holds for all that would be tried: figures of different sessions
+        cannot be compared closely.
+        """
+        waiting, most = spread(priors), self._settings.candidates
+        measured: list[Measurement] = []
+        while waiting and not any(measurement.ok for measurement in measured):
+            tried, waiting = waiting[:most], waiting[most:]
+            kept = [_kept(known.measurements.get(candidate.id), keys[candidate.id]) for candidate in tried]
+            valid = [measurement for measurement in kept if measurement is not None]
+            if len(valid) == len(tried) and not shapes:
+                measured += valid
+                continue
+            plan = self._plan(manifest, blobs, shapes, headroom)
+            entrants = [self._entrant(candidate, keys[candidate.id], manifest, blobs) for candidate in tried]
+            trial = Trial(entrants, plan, replace(self._around, progress=progress))
+            seen = trial.run(lambda *state: _still_needed(manifest.policy, priors, *state))
+            measured += [self._with_energy(measurement) for measurement in seen]
+        return measured
 
     def _plan(
         self, manifest: Manifest, blobs: Mapping[str, BlobRef], shapes: Mapping[str, list[int]], headroom: int
@@ -170,6 +174,27 @@ class VariantChooser:
             return measurement
         joules = estimated_joules(watts, measurement.p50_ms)
         return replace(measurement, joules=joules, energy_source="estimated")
+
+
+def spread(priors: Sequence[Prior]) -> list[Candidate]:
+    """The order of trying: each variant on the provider that promises most for it, then the rest by promise.
+
+    A prior is no measurement: on a device with several providers the most promising variant must not take all places.
+    """
+    ranked = [prior.candidate for prior in priors]
+    first: dict[str, Candidate] = {}
+    for candidate in ranked:
+        first.setdefault(candidate.variant_id, candidate)
+    leading = list(first.values())
+    return leading + [candidate for candidate in ranked if candidate not in leading]
+
+
+def _still_needed(
+    policy: Policy, priors: Sequence[Prior], measured: Sequence[Measurement], done: int, most: int
+) -> Collection[str]:
+    if not more_rounds_needed(measured, done, most, policy, priors):
+        return ()
+    return contenders(policy, measured, priors)
 
 
 def departure(manifest: Manifest, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> str:

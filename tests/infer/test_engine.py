@@ -312,6 +312,18 @@ def test_damage_falls_back_to_the_next_variant_and_says_degraded():
     drive(story)
 
 
+def test_a_provider_that_is_gone_falls_back_to_the_next_and_says_so():
+    async def story(engine):
+        blob = Blob(onnx_models.linear())
+        lost = option(blob, "fp16", provider="CUDAExecutionProvider")
+        engine.put(shelf(served("m", lost, option(blob, "fp32"))))
+        seen = (await answer(engine, "m")).parameters
+        assert (seen["requested_variant"], seen["requested_backend"]) == ("fp16", "CUDAExecutionProvider")
+        assert (seen["variant"], seen["backend"], seen["degraded"]) == ("fp32", CPU, True)
+
+    drive(story)
+
+
 def test_when_no_variant_can_be_read_the_error_names_each_and_other_models_answer():
     async def story(engine):
         engine.put(
