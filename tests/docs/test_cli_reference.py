@@ -1,0 +1,78 @@
+"""The reference of the command lines and the parsers know the same commands and options."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from agent.cli import device, fleet
+from agent.cli.terminal import sentence
+from tests.core.conftest import ROOT
+
+PAGE = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+INTRODUCTION, *_ = re.split(r"^# On the operator", PAGE, flags=re.MULTILINE)
+SECTIONS = {
+    match[1]: match[2]
+    for match in re.finditer(r"^## (.+)\n((?:(?!^#{1,2} ).*\n)*)", re.sub(r"(?m)^# ", "% ", PAGE), re.MULTILINE)
+}
+#: Options of every command are told once, at the top.
+COMMON = {"-h", "--help", "--config", "--state-dir", "--run-dir", "--json"}
+
+
+def leaves(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command that does something, by its whole name."""
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        yield name, parser
+    for group in groups:
+        for word, command in group.choices.items():
+            yield from leaves(command, f"{name} {word}")
+
+
+COMMANDS = dict([*leaves(device.parser(), "edge-agent"), *leaves(fleet.parser(), "edge-fleet")])
+
+
+def test_the_page_has_each_command_and_no_other() -> None:
+    assert len(COMMANDS) > 20
+    assert sorted(SECTIONS) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_section_tells_every_option_and_argument(name: str) -> None:
+    told = SECTIONS[name].partition("```")[0] + "".join(re.findall(r"(?m)^\|.*$", SECTIONS[name]))
+    for action in COMMANDS[name]._actions:
+        for option in action.option_strings:
+            assert option in COMMON or f"`{option}" in told, f"{name} {option}"
+        if not action.option_strings:
+            assert str(action.metavar) in told, f"{name} {action.metavar}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_section_tells_no_option_that_is_not_there(name: str) -> None:
+    known = {option for action in COMMANDS[name]._actions for option in action.option_strings}
+    usage = re.findall(rf"(?m)^`{name}( .*)?`$", SECTIONS[name])
+    told = {option for line in usage for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", line)}
+    assert told <= known, f"{name}: {told - known}"
+
+
+def test_options_of_all_commands_are_told_once() -> None:
+    assert [option for option in sorted(COMMON) if f"`{option}" not in INTRODUCTION] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = device.main if name.startswith("edge-agent") else fleet.main
+    with pytest.raises(SystemExit) as ended:
+        main([*name.split()[1:], "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: {name} ") and (COMMANDS[name].description or "?").split()[0] in text
+    unexplained = [action.dest for action in COMMANDS[name]._actions if action.help is None]
+    assert unexplained == []
+
+
+def test_a_line_of_a_list_becomes_a_sentence() -> None:
+    assert sentence("what is installed") == "What is installed." and sentence("is it right?") == "Is it right?"
