@@ -223,6 +223,11 @@ class RequestParser:
         self._chunk_left = self._chunk_overhead = 0
         self._reserve: Callable[[int], None] | None = None
 
+    def discard(self) -> None:
+        """Let go of all memory, and of the caller's methods: no further request is wanted."""
+        self._buffer, self._start = b"", 0
+        self._reset()
+
     @property
     def pending(self) -> int:
         """Bytes that came and belong to no finished request."""

@@ -121,6 +121,7 @@ class Connection:
         self._phase = "closed"
         self._forget_task(cancel=True)
         self._end_request()
+        self._parser.discard()
         self._stream.close()
         self._owner.ended(self)
 
@@ -362,6 +363,7 @@ class Connection:
             self.abort()
             return
         self._keep_alive = False
+        self._parser.discard()
         self._discard = LINGER_BYTES
         self._answer(error_answer(error, close=True))
 

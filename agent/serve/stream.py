@@ -177,6 +177,12 @@ class Stream:
         self._drop_backlog()
         self.close_descriptors()
         self._sock.close()
+        # The owner holds this stream and the stream its owner's methods: a large body must not wait for the collector.
+        self._readable = self._flushed = _nothing
+
+
+def _nothing() -> None:
+    """Stands where the owner's methods were."""
 
 
 def _control_bytes(descriptors: int) -> int:

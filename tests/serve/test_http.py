@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import socket
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from agent.serve.http import Connection
 from tests.serve.running import Running, answer, ask, at_end, connect, get, post, serving
 from tests.serve.toy import ToyModels
 
@@ -392,6 +394,31 @@ def test_bytes_in_memory_are_capped_for_each_user(short_dir: Path) -> None:
         for sock in holding:
             sock.close()
         running.until(lambda: running.server.ledger.bytes == 0)
+
+
+def test_an_ended_connection_is_freed_at_once(served: Served) -> None:
+    """Not at some later run of the collector: it may hold a large body."""
+    running, models = served
+    chunked = b"POST /v2/models/double/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    def connections() -> int:
+        return sum(isinstance(thing, Connection) for thing in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        for data in (INFER, get("/v2/nope"), b"BAD\n", INFER[:-1], post("/v2", b"a" * 200_000), chunked + b"5\r\nab"):
+            with connect(running.path) as sock:
+                sock.sendall(data)
+        with connect(running.path) as sock:
+            sock.sendall(post("/v2/models/double/infer", b"a" * 1_000_000)[:-1])
+        with connect(running.path) as sock:
+            sock.sendall(SLOW)
+            running.until(lambda: any(request.inputs for request in models.seen[-1:]))
+        running.until(lambda: running.server.ledger.connections == 0)
+        running.until(lambda: connections() == 0)
+    finally:
+        gc.enable()
 
 
 def test_hostile_requests_leave_memory_flat(served: Served) -> None:
