@@ -6,13 +6,20 @@ tells the mend. Only command lines turn them into exit statuses, only ``serve`` 
 
 from __future__ import annotations
 
+#: Characters of an error's text: it goes into an answer, a log line and a terminal.
+MAX_TEXT = 2000
+
 
 class AgentError(Exception):
-    """Base of all expected errors. ``str()`` is the one-line reason, ``hint`` the mend (may be empty)."""
+    """Base of all expected errors. ``str()`` is the one-line reason, ``hint`` the mend (may be empty).
+
+    Texts quote what the caller sent: what is not printable is escaped, so that input never writes on a terminal or
+    makes log lines of its own, and what is longer than ``MAX_TEXT`` is cut.
+    """
 
     def __init__(self, text: str, *, hint: str = "") -> None:
-        super().__init__(text)
-        self.hint = hint
+        super().__init__(one_line(text))
+        self.hint = one_line(hint)
 
 
 class PeerError(AgentError):
@@ -53,3 +60,11 @@ class ConfigError(AgentError):
 
 class UnsupportedError(AgentError):
     """This device or installation cannot do it (missing runtime, kernel feature, architecture)."""
+
+
+def one_line(text: str) -> str:
+    """``text`` fit to be shown: one line, what is not printable escaped as in Python, at most ``MAX_TEXT`` long."""
+    if not text.isprintable():
+        characters = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:MAX_TEXT])
+        text = "".join(characters)
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
