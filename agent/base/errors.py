@@ -65,6 +65,8 @@ class UnsupportedError(AgentError):
 def one_line(text: str) -> str:
     """``text`` fit to be shown: one line, what is not printable escaped as in Python, at most ``MAX_TEXT`` long."""
     if not text.isprintable():
-        characters = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:MAX_TEXT])
+        characters = (
+            char if char.isprintable() else char.encode("unicode_escape").decode() for char in text[:MAX_TEXT]
+        )
         text = "".join(characters)
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
