@@ -7,7 +7,6 @@ every device; a loaded ``Config`` is frozen, a reload makes a new one. Only ``lo
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -307,6 +306,8 @@ def _near(location: tuple[int | str, ...], model: type[BaseModel] | None) -> str
         section = field.annotation if field else None
     if not (isinstance(section, type) and issubclass(section, BaseModel)):
         return ""
+    import difflib  # noqa: PLC0415 - only where a key is misspelt
+
     near = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 

@@ -17,6 +17,7 @@ import signal
 import time
 from collections.abc import Callable
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from agent import __version__
@@ -29,6 +30,7 @@ from agent.base.systemd import Handover, Notifier, adopt_sockets
 from agent.core import health, logs
 from agent.core.admin_api import AdminApi
 from agent.core.device import Device, inventory_of, look_at_device
+from agent.core.memory import settle
 from agent.core.operating import Operations
 from agent.hardware.sensors import read_sensors
 from agent.infer.engine import Engine, EngineLimits, Key
@@ -88,6 +90,7 @@ class Core:
 
     def _harden(self) -> None:
         forbid_inspection()
+        settle()
         self._locked = lock_memory()
 
     def _open_store(self) -> Store:
@@ -272,11 +275,12 @@ class Core:
 
 def _process() -> dict[str, float]:
     """What this process takes: MB of resident memory, seconds of CPU time."""
-    import psutil  # noqa: PLC0415 - only status asks
-
-    own = psutil.Process()
-    times = own.cpu_times()
-    return {"rss_mb": round(own.memory_info().rss / MIB, 1), "cpu_s": round(times.user + times.system, 2)}
+    pages = int(Path("/proc/self/statm").read_bytes().split()[1])  # proc(5): resident
+    times = os.times()
+    return {
+        "rss_mb": round(pages * os.sysconf("SC_PAGE_SIZE") / MIB, 1),
+        "cpu_s": round(times.user + times.system, 2),
+    }
 
 
 def _make_private(paths: Paths) -> None:

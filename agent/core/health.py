@@ -6,7 +6,6 @@ A finding tells what was found, what it means and what mends it. Checks only loo
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,9 +125,10 @@ def check_folder(path: Path) -> list[Finding]:
     """Whether the state folder is there, private, and has room. For use without a running core."""
     try:
         status = os.stat(path)
-        free = shutil.disk_usage(path).free
+        space = os.statvfs(path)
     except OSError as error:
         return [Finding("state", "error", f"cannot use {path}: {error.strerror}", "create it, or check its owner")]
+    free = space.f_bavail * space.f_frsize
     if status.st_mode & 0o077:
         return [Finding("state", "warning", f"{path} is open to others", f"chmod 700 {path}")]
     if free < _LEAST_FREE_BYTES:
