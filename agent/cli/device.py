@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from agent import __version__
 from agent.base.config import Paths, resolve_paths
 from agent.base.errors import AgentError
-from agent.cli import admin_commands, infer_command, local_commands
+from agent.cli import admin_commands, infer_command, local_commands, model_commands
 from agent.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, print_error
 
 _EPILOG = """\
@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"edge-agent {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     local_commands.register(commands, common)
+    model_commands.register(commands, common)
     infer_command.register(commands, common)
     admin_commands.register(commands, common)
     return top

@@ -12,15 +12,14 @@ from typing import Any
 from agent.base.config import Paths
 from agent.base.datatypes import ITEM_SIZE, NUMPY_NAME
 from agent.base.errors import PeerError
+from agent.cli.commands import Commands, add_command, name_model
 from agent.cli.terminal import print_json
 
-_Commands = Any  # argparse's subparsers action is generic in a private class
 
-
-def register(commands: _Commands, common: argparse.ArgumentParser) -> None:
+def register(commands: Commands, common: argparse.ArgumentParser) -> None:
     """Add the command to the parser."""
-    infer = commands.add_parser("infer", parents=[common], help="ask a model once", description="Ask a model once.")
-    infer.add_argument("model", metavar="MODEL", help="its name, as 'edge-agent models list' shows it")
+    infer = add_command(commands, common, "infer", "ask a model once")
+    name_model(infer)
     infer.add_argument(
         "-i",
         "--input",
@@ -39,7 +38,11 @@ def _infer(arguments: argparse.Namespace, paths: Paths) -> int:
     with Client(str(paths.infer_socket)) as client:
         signature = client.metadata(arguments.model, arguments.model_version)["inputs"]
         datatypes = {spec["name"]: spec["datatype"] for spec in signature}
-        inputs = dict(_read_input(text, datatypes) for text in arguments.input)
+        inputs: dict[str, Any] = {}
+        for name, array in (_read_input(text, datatypes) for text in arguments.input):
+            if name in inputs:
+                raise PeerError(f"cannot read input '{name}': it is given twice")
+            inputs[name] = array
         result = client.infer(arguments.model, inputs, version=arguments.model_version)
     if arguments.json:
         outputs = {name: _plain(array) for name, array in result.items()}

@@ -12,33 +12,28 @@ from agent.base import config as configuration
 from agent.base.config import Config, Paths
 from agent.base.errors import PeerError
 from agent.base.systemd import take_environment
-from agent.cli.terminal import EXIT_FAILED, print_json, sentence
+from agent.cli.commands import Commands, add_command
+from agent.cli.terminal import EXIT_FAILED, print_json
 
 if TYPE_CHECKING:
     from agent.bundles.manifest import Manifest
 
-_Commands = Any  # argparse's subparsers action is generic in a private class
 
-
-def register(commands: _Commands, common: argparse.ArgumentParser) -> None:
+def register(commands: Commands, common: argparse.ArgumentParser) -> None:
     """Add the commands to the parser."""
 
-    def add(group: _Commands, name: str, text: str) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = group.add_parser(name, parents=[common], help=text, description=sentence(text))
-        return made
-
-    detect = add(commands, "detect", "what this device is and can do")
+    detect = add_command(commands, common, "detect", "what this device is and can do")
     detect.add_argument("--root", type=Path, metavar="DIR", help="read the files of a recorded machine below DIR")
     detect.set_defaults(action=_detect)
     for name, text in (
         ("core", "run the daemon in the foreground (what the systemd unit starts)"),
         ("run", "run everything in the foreground, without systemd"),
     ):
-        add(commands, name, text).set_defaults(action=_core)
-    config = add(commands, "config", "show or check the configuration")
+        add_command(commands, common, name, text).set_defaults(action=_core)
+    config = add_command(commands, common, "config", "show or check the configuration")
     actions = config.add_subparsers(dest="config_command", metavar="show|check", required=True)
-    add(actions, "show", "every key with the value in force").set_defaults(action=_show)
-    add(actions, "check", "is the file right?").set_defaults(action=_check)
+    add_command(actions, common, "show", "every key with the value in force").set_defaults(action=_show)
+    add_command(actions, common, "check", "is the file right?").set_defaults(action=_check)
 
 
 def load_config(paths: Paths) -> Config:

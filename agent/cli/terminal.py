@@ -51,11 +51,6 @@ def megabytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def sentence(text: str) -> str:
-    """A command's line in a list as the opening of its own help."""
-    return text[:1].upper() + text[1:] + ("" if text.endswith("?") else ".")
-
-
 class Progress:
     """A line that is rewritten in place. Use as a context manager; silent where stderr is no terminal."""
 

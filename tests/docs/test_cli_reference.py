@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from agent.cli import device, fleet
-from agent.cli.terminal import sentence
+from agent.cli.commands import sentence
 from tests.core.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
