@@ -1,8 +1,9 @@
 """Starting, asking and ending confined children from the daemon's side.
 
 A child is started by exec (never fork: it would inherit the keys), gets its files as descriptors and an environment
-of its own, and is killed when it outlasts a deadline or outgrows its memory. Whatever a child does ends as a
-``ChildError`` with a kind; nothing of it can block or crash the caller.
+of its own, and is killed when it outlasts a deadline or outgrows its memory. It runs only while it is asked something:
+between an answer and the next request it is stopped, so that it neither disturbs others nor grows unseen. Whatever a
+child does ends as a ``ChildError`` with a kind; nothing of it can block or crash the caller.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from agent.base.errors import AgentError
+from agent.base.errors import AgentError, TryLaterError
 
 _MB = 1 << 20
 _POLL_S = 0.05
 _MAX_ANSWER_BYTES = 4 * _MB
+#: Threads of numpy's and the runtime's pools: some for each core, and those that keep house.
+_MAX_THREADS = 64 + 4 * (os.cpu_count() or 1)
+#: Fields of proc(5)'s status whose memory is the process's own: pages of no file, pages of memory files and shared
+#: mappings (which RLIMIT_DATA does not count), what was swapped out, and the tables that map it all.
+_OWN_MEMORY = (b"RssAnon", b"RssShmem", b"VmSwap", b"VmPTE")
 #: What an interpreter with numpy and a runtime reserves besides the model: thread stacks, arenas, tables.
 _RESERVED_MB = 1024
 _ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +72,10 @@ class ChildProcess:
     ) -> None:
         self._limits = limits
         self._baseline_kb = 0
-        ours, theirs = socket.socketpair()
+        given = [fd for fd in descriptors.values() if fd is not None]
+        #: Mapped, a memory file that was handed over counts as the child's although it is the caller's.
+        self._given_kb = sum(os.fstat(fd).st_size for fd in given) // 1024
+        ours, theirs = _socket_pair()
         try:
             start = {
                 **descriptors,
@@ -78,7 +87,7 @@ class ChildProcess:
             }
             self._process = subprocess.Popen(
                 [sys.executable, "-s", "-E", "-c", _BOOT.format(root=str(_ROOT), module=module), json.dumps(start)],
-                pass_fds=[fd for fd in (*descriptors.values(), theirs.fileno()) if fd is not None],
+                pass_fds=[*given, theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -86,6 +95,9 @@ class ChildProcess:
                 cwd="/",
                 start_new_session=True,
             )
+        except OSError as error:
+            ours.close()
+            raise TryLaterError(f"cannot start a trial: {error.strerror}") from error
         except BaseException:
             ours.close()
             raise
@@ -93,6 +105,7 @@ class ChildProcess:
             theirs.close()
         self._control = ours
         self._buffer = bytearray()
+        self._status = self._open_status()
 
     def __enter__(self) -> ChildProcess:
         return self
@@ -112,6 +125,7 @@ class ChildProcess:
     def call(self, operation: str, timeout_s: float, /, **arguments: object) -> dict[str, Any]:
         """Ask once and wait. ChildError: ``refused`` for an answered error, else how the child ended."""
         line = json.dumps({"op": operation, **arguments}).encode() + b"\n"
+        self._process.send_signal(signal.SIGCONT)
         try:
             self._control.settimeout(timeout_s)
             self._control.sendall(line)
@@ -119,11 +133,11 @@ class ChildProcess:
             raise self._ended(operation) from error
         answer = self._receive(timeout_s, operation)
         if "error" in answer:
-            text = str(answer["error"])[:500]
+            text = plain(str(answer["error"]), 500)
             kind: FailureKind = "memory" if answer.get("memory") else "refused"
             raise ChildError(kind, text)
         if operation == "prepare":  # from here on growth is the model's
-            self._baseline_kb = _private_kb(self.pid)
+            self._baseline_kb = self._holds()[0]
         return answer
 
     def close(self) -> None:
@@ -132,6 +146,9 @@ class ChildProcess:
             self._process.kill()
         self._process.wait()
         self._control.close()
+        status, self._status = self._status, -1
+        if status >= 0:
+            os.close(status)
         if self._process.stderr is not None:
             self._process.stderr.close()
 
@@ -141,10 +158,7 @@ class ChildProcess:
             if time.monotonic() > deadline:
                 self.close()
                 raise ChildError("hung", f"hung: no answer to '{doing}' within {timeout_s:.0f} s")
-            grown_mb = (_private_kb(self.pid) - self._baseline_kb) // 1024
-            if grown_mb > self._limits.memory_mb:
-                self.close()
-                raise ChildError("memory", f"used more than {self._limits.memory_mb} MB during '{doing}'")
+            self._require_within_limits(doing)
             self._control.settimeout(_POLL_S)
             try:
                 part = self._control.recv(1 << 16)
@@ -160,13 +174,46 @@ class ChildProcess:
                 raise ChildError("crashed", f"answered '{doing}' with more than {_MAX_ANSWER_BYTES} bytes")
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
+        self._require_within_limits(doing)
+        self._process.send_signal(signal.SIGSTOP)
         try:
             answer = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ChildError("crashed", f"answered '{doing}' with something that is not JSON") from error
         if not isinstance(answer, dict):
             raise ChildError("crashed", f"answered '{doing}' with something that is no object")
         return answer
+
+    def _require_within_limits(self, doing: str) -> None:
+        held_kb, threads = self._holds()
+        if held_kb - self._baseline_kb - self._given_kb > self._limits.memory_mb * 1024:
+            self.close()
+            raise ChildError("memory", f"used more than {self._limits.memory_mb} MB during '{doing}'")
+        if threads > _MAX_THREADS:
+            self.close()
+            raise ChildError("crashed", f"started more than {_MAX_THREADS} threads during '{doing}'")
+
+    def _open_status(self) -> int:
+        """Opened before the child makes itself undumpable.
+
+        Where /proc hides what may not be traced, the child is then hidden from us too, but an open file stays readable.
+        """
+        self._status = -1
+        try:
+            return os.open(f"/proc/{self.pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self.close()  # nobody would see it grow
+            raise TryLaterError(f"cannot watch a trial: {error.strerror}") from error
+
+    def _holds(self) -> tuple[int, int]:
+        """Memory of its own in KB and number of threads; 0 when the process is gone. Costs no page walk."""
+        try:
+            lines = os.pread(self._status, 1 << 16, 0).splitlines()
+        except OSError:
+            return 0, 0
+        fields = dict(line.split(b":", 1) for line in lines if b":" in line)
+        held_kb = sum(int(fields[name].split()[0]) for name in _OWN_MEMORY if name in fields)
+        return held_kb, int(fields.get(b"Threads", b"0"))
 
     def _ended(self, doing: str) -> ChildError:
         """Why the child is gone: its signal or status."""
@@ -190,7 +237,7 @@ class ChildProcess:
             return ""
         os.set_blocking(stream.fileno(), False)
         lines = (stream.read() or b"").decode(errors="replace").strip().splitlines()
-        return f": {lines[-1][:300]}" if lines else ""
+        return f": {plain(lines[-1], 300)}" if lines else ""
 
 
 def _environment() -> dict[str, str]:
@@ -198,10 +245,13 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/", "PATH": "/usr/bin:/bin"}
 
 
-def _private_kb(pid: int) -> int:
-    """Resident memory that is not file-backed, in KB; 0 when the process is gone. ``statm`` costs no page walk."""
+def _socket_pair() -> tuple[socket.socket, socket.socket]:
     try:
-        fields = Path(f"/proc/{pid}/statm").read_bytes().split()
-        return (int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE") // 1024
-    except (OSError, IndexError, ValueError):
-        return 0
+        return socket.socketpair()
+    except OSError as error:
+        raise TryLaterError(f"cannot start a trial: {error.strerror}") from error
+
+
+def plain(text: str, most: int) -> str:
+    """At most ``most`` characters of what a child said, fit for a terminal and a log: nothing but printable ones."""
+    return "".join(char if char.isprintable() else "?" for char in text[:most])

@@ -20,6 +20,7 @@ from pathlib import Path
 from agent.infer import landlock, seccomp
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 _SIGKILL = 9
 
@@ -49,6 +50,9 @@ def confine(readable: Sequence[Path], devices: Sequence[Path], limits: Limits) -
     with contextlib.suppress(OSError):  # masked in some containers; the memory limit below still holds
         Path("/proc/self/oom_score_adj").write_text("1000")
     _set_limits(limits)
+    # A core_pattern that pipes to a program (systemd-coredump, apport) takes the dump whatever RLIMIT_CORE says, and a
+    # dump of this process holds the model in the clear.
+    _prctl(libc, _PR_SET_DUMPABLE, 0)
     _prctl(libc, _PR_SET_NO_NEW_PRIVS, 1)
     _drop_capabilities(libc)
     abi = landlock.restrict(readable, devices)

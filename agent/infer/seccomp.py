@@ -18,6 +18,7 @@ from agent.base.errors import UnsupportedError
 _PR_SET_SECCOMP = 22
 _SECCOMP_MODE_FILTER = 2
 
+#: Refused whatever the arguments. A runtime computes: it has no need of any of them.
 _DENIED = (
     "socket", "socketpair", "socketcall", "bind", "connect", "listen", "accept", "accept4",
     "execve", "execveat", "fork", "vfork", "unshare", "setns",
@@ -28,7 +29,38 @@ _DENIED = (
     "init_module", "finit_module", "delete_module", "kexec_load", "reboot", "swapon", "swapoff", "acct",
     "setuid", "setgid", "setreuid", "setregid", "setresuid", "setresgid", "setgroups", "memfd_secret",
     "shmget", "shmat", "msgget", "semget", "mq_open", "process_madvise", "move_pages", "migrate_pages",
+    # Landlock does not look at these: owner, mode, times and attributes of files that may not even be opened, and
+    # before its third version (kernel 6.2) not at cutting a file short by its name.
+    "chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat", "chown32", "fchown32",
+    "lchown32", "truncate", "truncate64", "utime", "utimes", "futimesat", "utimensat", "utimensat_time64",
+    "setxattr", "lsetxattr", "fsetxattr", "setxattrat", "removexattr", "lremovexattr", "fremovexattr",
+    "removexattrat", "file_setattr", "inotify_init", "inotify_init1", "fanotify_init",
+    # These it would refuse, but a kernel may lack it.
+    "creat", "mkdir", "mkdirat", "mknod", "mknodat", "link", "linkat", "symlink", "symlinkat", "rename", "renameat",
+    "renameat2", "unlink", "unlinkat", "rmdir", "fsopen", "fsconfig", "fsmount", "fspick", "open_tree",
+    "open_tree_attr", "move_mount", "mount_setattr",
+    # Other processes of the same uid, the daemon first: their priority, scheduling class, queues.
+    "setpriority", "sched_setscheduler", "sched_setparam", "sched_setattr", "ioprio_set", "process_mrelease",
+    "semop", "semtimedop", "semtimedop_time64", "semctl", "msgsnd", "msgrcv", "msgctl", "shmctl", "mq_unlink",
+    # The whole machine: write-out of all disks, the kernel's log, clock and name.
+    "sync", "syncfs", "syslog", "quotactl", "quotactl_fd", "kexec_file_load", "settimeofday", "clock_settime",
+    "clock_settime64", "adjtimex", "clock_adjtime", "clock_adjtime64", "sethostname", "setdomainname", "vhangup",
+    "io_setup", "io_submit",
 )  # fmt: skip
+
+#: Refused where the argument at that place is one of the values: signals sent through a descriptor's owner
+#: (F_SETOWN, F_SETSIG, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP), typing into a terminal (TIOCSTI, TIOCLINUX, TIOCSCTTY),
+#: outliving the daemon and being dumped (PR_SET_PDEATHSIG, PR_SET_DUMPABLE).
+_DENIED_VALUES: dict[str, tuple[int, tuple[int, ...]]] = {
+    "fcntl": (1, (8, 10, 15)),
+    "fcntl64": (1, (8, 10, 15)),
+    "ioctl": (1, (0x8901, 0x8902, 0x5412, 0x541C, 0x540E)),
+    "prctl": (0, (1, 4)),
+}
+#: Refused where the argument at that place has one of the bits: O_CREAT, O_TRUNC, __O_TMPFILE.
+_DENIED_BITS: dict[str, tuple[int, int]] = {"open": (1, 0o20001100), "openat": (2, 0o20001100)}
+#: Do not exist here: the C library then takes the older call, whose arguments a filter can see.
+_UNKNOWN = ("clone3", "openat2")
 
 #: Call numbers by machine: x86_64, aarch64, arm (EABI); -1 where the machine has no such call.
 _NUMBERS: dict[str, tuple[int, int, int]] = {
@@ -52,6 +84,33 @@ _NUMBERS: dict[str, tuple[int, int, int]] = {
     "msgget": (68, 186, 303), "semget": (64, 190, 299), "mq_open": (240, 180, 274),
     "process_madvise": (440, 440, 440), "move_pages": (279, 239, 344), "migrate_pages": (256, 238, 400),
     "clone": (56, 220, 120), "clone3": (435, 435, 435), "tgkill": (234, 131, 268), "prlimit64": (302, 261, 369),
+    "chmod": (90, -1, 15), "fchmod": (91, 52, 94), "fchmodat": (268, 53, 333), "fchmodat2": (452, 452, 452),
+    "chown": (92, -1, 182), "fchown": (93, 55, 95), "lchown": (94, -1, 16), "fchownat": (260, 54, 325),
+    "chown32": (-1, -1, 212), "fchown32": (-1, -1, 207), "lchown32": (-1, -1, 198), "truncate": (76, 45, 92),
+    "truncate64": (-1, -1, 193), "utime": (132, -1, -1), "utimes": (235, -1, 269), "futimesat": (261, -1, 326),
+    "utimensat": (280, 88, 348), "utimensat_time64": (-1, 412, 412), "setxattr": (188, 5, 226),
+    "lsetxattr": (189, 6, 227), "fsetxattr": (190, 7, 228), "setxattrat": (463, 463, 463),
+    "removexattr": (197, 14, 235), "lremovexattr": (198, 15, 236), "fremovexattr": (199, 16, 237),
+    "removexattrat": (466, 466, 466), "file_setattr": (469, 469, 469), "creat": (85, -1, 8), "mkdir": (83, -1, 39),
+    "mkdirat": (258, 34, 323), "mknod": (133, -1, 14), "mknodat": (259, 33, 324), "link": (86, -1, 9),
+    "linkat": (265, 37, 330), "symlink": (88, -1, 83), "symlinkat": (266, 36, 331), "rename": (82, -1, 38),
+    "renameat": (264, 38, 329), "renameat2": (316, 276, 382), "unlink": (87, -1, 10), "unlinkat": (263, 35, 328),
+    "rmdir": (84, -1, 40), "setpriority": (141, 140, 97), "sched_setscheduler": (144, 119, 156),
+    "sched_setparam": (142, 118, 154), "sched_setattr": (314, 274, 380), "ioprio_set": (251, 30, 314),
+    "sched_setaffinity": (203, 122, 241), "semop": (65, 193, 298), "semtimedop": (220, 192, 312),
+    "semtimedop_time64": (-1, 420, 420), "semctl": (66, 191, 300), "msgsnd": (69, 189, 301), "msgrcv": (70, 188, 302),
+    "msgctl": (71, 187, 304), "shmctl": (31, 195, 308), "mq_unlink": (241, 181, 275), "sync": (162, 81, 36),
+    "syncfs": (306, 267, 373), "syslog": (103, 116, 103), "quotactl": (179, 60, 131), "quotactl_fd": (443, 443, 443),
+    "fsopen": (430, 430, 430), "fsconfig": (431, 431, 431), "fsmount": (432, 432, 432), "fspick": (433, 433, 433),
+    "open_tree": (428, 428, 428), "open_tree_attr": (467, 467, 467), "move_mount": (429, 429, 429),
+    "mount_setattr": (442, 442, 442), "kexec_file_load": (320, 294, 401), "settimeofday": (164, 170, 79),
+    "clock_settime": (227, 112, 262), "clock_settime64": (-1, 404, 404), "adjtimex": (159, 171, 124),
+    "clock_adjtime": (305, 266, 372), "clock_adjtime64": (-1, 405, 405), "sethostname": (170, 161, 74),
+    "setdomainname": (171, 162, 121), "vhangup": (153, 58, 111), "fanotify_init": (300, 262, 367),
+    "inotify_init": (253, -1, 316), "inotify_init1": (294, 26, 360), "io_setup": (206, 0, 243),
+    "io_submit": (209, 2, 246), "process_mrelease": (448, 448, 448), "fcntl": (72, 25, 55), "fcntl64": (-1, -1, 221),
+    "ioctl": (16, 29, 54), "prctl": (157, 167, 172), "open": (2, -1, 5), "openat": (257, 56, 322),
+    "openat2": (437, 437, 437),
 }  # fmt: skip
 
 #: uname's machine -> (column above, AUDIT_ARCH value). A 32-bit userland on a 64-bit kernel counts as 32-bit.
@@ -60,6 +119,7 @@ _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7), "arm": (2, 0
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _NR, _ARCH, _ARGUMENT_0 = 0, 4, 16  # offsets in struct seccomp_data (little-endian low words)
+_ARGUMENT_BYTES = 8
 _CLONE_THREAD = 0x00010000
 _X32_BIT = 0x40000000
 
@@ -88,8 +148,10 @@ def program_for(column: int, audit_arch: int, own_pid: int) -> bytes:
         number = _NUMBERS[name][column]
         if number >= 0:
             code += [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
-    # glibc falls back from clone3 to clone, whose flags a filter can see: threads yes, processes no.
-    code += [(_JUMP_EQUAL, 0, 1, _NUMBERS["clone3"][column]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
+    for name in _UNKNOWN:
+        code += [(_JUMP_EQUAL, 0, 1, _NUMBERS[name][column]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
+    code += _refusals_by_argument(column)
+    # Threads yes, processes no.
     code += [
         (_JUMP_EQUAL, 0, 4, _NUMBERS["clone"][column]),
         (_LOAD, 0, 0, _ARGUMENT_0),
@@ -97,8 +159,8 @@ def program_for(column: int, audit_arch: int, own_pid: int) -> bytes:
         (_RETURN, 0, 0, _ERRNO | errno.EPERM),
         (_RETURN, 0, 0, _ALLOW),
     ]
-    # abort() signals the own process; prlimit64 may name it by 0: another process's id is refused.
-    for name, also_zero in (("tgkill", False), ("prlimit64", True)):
+    # abort() signals the own process; the others may name it by 0: another process's id is refused.
+    for name, also_zero in (("tgkill", False), ("prlimit64", True), ("sched_setaffinity", True)):
         zero = [(_JUMP_EQUAL, 2, 0, 0)] if also_zero else []
         code += [
             (_JUMP_EQUAL, 0, 4 + len(zero), _NUMBERS[name][column]),
@@ -110,6 +172,25 @@ def program_for(column: int, audit_arch: int, own_pid: int) -> bytes:
         ]
     code.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)
+
+
+def _refusals_by_argument(column: int) -> list[tuple[int, int, int, int]]:
+    """Instructions for the calls of which only some arguments are refused; they end in a verdict for those calls."""
+    code: list[tuple[int, int, int, int]] = []
+    tests = {name: (at, [(_JUMP_EQUAL, value) for value in values]) for name, (at, values) in _DENIED_VALUES.items()}
+    tests |= {name: (at, [(_JUMP_SET, bits)]) for name, (at, bits) in _DENIED_BITS.items()}
+    for name, (position, conditions) in tests.items():
+        number, count = _NUMBERS[name][column], len(conditions)
+        if number < 0:
+            continue
+        code += [
+            (_JUMP_EQUAL, 0, count + 3, number),
+            (_LOAD, 0, 0, _ARGUMENT_0 + position * _ARGUMENT_BYTES),
+            *((jump, count - index, 0, value) for index, (jump, value) in enumerate(conditions)),
+            (_RETURN, 0, 0, _ALLOW),
+            (_RETURN, 0, 0, _ERRNO | errno.EPERM),
+        ]
+    return code
 
 
 def restrict() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import mmap
 import os
 import socket
 import sys
@@ -46,12 +47,56 @@ def eat_memory():
         hoard.append(bytearray(os.urandom(1 << 20)) * 4)
 
 
+def eat_shared_memory():
+    hoard = []
+    while True:
+        hoard.append(mmap.mmap(-1, 16 << 20))
+        for page in range(0, 16 << 20, 4096):
+            hoard[-1][page] = 1
+
+
+def eat_page_tables():
+    """Read one byte of each 2 MiB of nothing: no page of its own, but a table of 4 KiB for each."""
+    LIBC.mmap.restype = ctypes.c_void_p
+    size, none = 4 << 30, 15  # MADV_NOHUGEPAGE
+    while True:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+        start = LIBC.mmap(None, ctypes.c_size_t(size), mmap.PROT_READ, flags, -1, ctypes.c_long(0))
+        LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), none)
+        for offset in range(0, size, 2 << 20):
+            ctypes.string_at(start + offset, 1)
+
+
+def many_threads():
+    threading.stack_size(1 << 16)
+    while True:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+
+
+def after_the_answer(control):
+    """Answer first, then go on: count until asked again."""
+    counted = [0]
+
+    def count():
+        while True:
+            counted[0] += 1
+
+    threading.Thread(target=count, daemon=True).start()
+    control.sendall(b'{"done": 0}\n')
+
+
 def fork():
     if os.fork() == 0:
         os._exit(0)
 
 
+def system_call(number, arguments):
+    texts = [value.encode() if isinstance(value, str) else ctypes.c_long(value) for value in arguments]
+    return checked(LIBC.syscall(ctypes.c_long(number), *texts))
+
+
 ATTACKS = {
+    "system_call": lambda a: {"done": system_call(a["number"], a["arguments"])},
     "read_file": lambda a: {"done": len(Path(a["path"]).read_bytes())},
     "list_folder": lambda a: {"done": os.listdir(a["path"])},
     "write_file": lambda a: {"done": Path(a["path"]).write_bytes(b"x")},
@@ -68,6 +113,10 @@ ATTACKS = {
     "own_environment": lambda a: {"names": sorted(os.environ)},
     "open_descriptors": lambda a: {"targets": descriptors()},
     "eat_memory": lambda a: eat_memory(),
+    "eat_shared_memory": lambda a: eat_shared_memory(),
+    "eat_page_tables": lambda a: eat_page_tables(),
+    "many_threads": lambda a: many_threads(),
+    "cpu_seconds": lambda a: {"done": time.process_time()},
     "hang": lambda a: time.sleep(3600),
     "crash": lambda a: ctypes.string_at(0),
 }
@@ -82,6 +131,12 @@ def main():
         request = json.loads(line)
         if request["op"] == "garbage":
             control.sendall(b"\x00\xff not json\n")
+            continue
+        if request["op"] == "nested":
+            control.sendall(b"[" * 200_000 + b"\n")
+            continue
+        if request["op"] == "after_the_answer":
+            after_the_answer(control)
             continue
         if request["op"] == "endless":
             with contextlib.suppress(OSError):
