@@ -119,3 +119,26 @@ def picky():
         [tensor("y", ["n"])],
         [constant("far", np.array([1000], np.int64)), constant("table", np.ones(1005, np.float32))],
     )
+
+
+def with_default():
+    """x[n, 3] + shift[3] -> y; ``shift`` has a default (an initializer that is an input too): it may be left out."""
+    return model(
+        [helper.make_node("Add", ["x", "shift"], ["y"])],
+        [tensor("x", ["n", 3]), tensor("shift", [3])],
+        [tensor("y", ["n", 3])],
+        [constant("shift", np.array([1, 2, 3], np.float32))],
+    )
+
+
+def scalar():
+    """a[] + a[] -> b[]: no axis at all."""
+    return model([helper.make_node("Add", ["a", "a"], ["b"])], [tensor("a", [])], [tensor("b", [])])
+
+
+def identity(kind, opset=17):
+    """x[n, m] -> y[n, m] of any ONNX datatype, in any opset."""
+    return model(
+        [helper.make_node("Identity", ["x"], ["y"])], [tensor("x", ["n", "m"], kind)], [tensor("y", ["n", "m"], kind)],
+        opset=opset,
+    )  # fmt: skip

@@ -37,6 +37,10 @@ _PLAIN_LISTS = re.compile(
 )
 _MAX_NAME_BYTES = 1024
 _MAX_SPECS = 256
+#: onnx/docs/IR.md: from this version on an input that is also an initializer may be given or left out.
+_OVERRIDABLE_FROM_IR = 4
+#: More inputs with defaults than this are weights.
+_MOST_DEFAULTS = 16
 #: Before IR version 4 a graph listed its initializers among the inputs.
 _MAX_LISTED_INPUTS = 1 << 16
 _MAX_AXES = 32
@@ -96,7 +100,7 @@ def read_signature(descriptor: int, size: int) -> Signature:
             _walk_function(reader, value, found)
     if graph is None or not ir_version:
         raise PeerError("cannot read model file: it is no ONNX file (no graph in it)")
-    inputs = tuple(spec for spec in _specs(reader, found.inputs, "input", found.initializers))
+    inputs = _inputs(reader, found, overridable=ir_version >= _OVERRIDABLE_FROM_IR)
     outputs = tuple(_specs(reader, found.outputs, "output", frozenset()))
     if not inputs or not outputs:
         raise UnsupportedError(f"cannot use model file: its graph has no {'outputs' if inputs else 'inputs'}")
@@ -195,10 +199,24 @@ def _keep_name(found: _Found, name: str) -> None:
             raise PeerError("cannot read model file: its tensors have too many names")
 
 
+def _inputs(reader: WireReader, found: _Found, *, overridable: bool) -> tuple[TensorSpec, ...]:
+    """The graph's inputs; from IR version 4 on one that is also an initializer has that for its default.
+
+    A file that lists all its weights as inputs (some exporters do) means none of them for the caller.
+    """
+    required = tuple(_specs(reader, found.inputs, "input", found.initializers))
+    listed = len(found.inputs) - len(required)
+    if not overridable or not required or not 0 < listed <= _MOST_DEFAULTS:
+        return required
+    names = {spec.name for spec in required}
+    defaults = _specs(reader, found.inputs, "input", names)
+    return required + tuple(spec.model_copy(update={"optional": True}) for spec in defaults)
+
+
 def _specs(
     reader: WireReader, messages: list[Message], what: str, without: set[str] | frozenset[str]
 ) -> Iterator[TensorSpec]:
-    """Signature rows; an input that is also an initializer has its value in the file and is none for the caller."""
+    """Signature rows of all but the names in ``without``."""
     count = 0
     for message in messages:
         name, type_proto = "", None
