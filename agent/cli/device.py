@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import agent.base.lean  # noqa: F401 - before whatever brings pydantic in
 from agent import __version__
 from agent.base.config import Paths, resolve_paths
 from agent.base.errors import AgentError
