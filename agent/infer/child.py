@@ -161,14 +161,17 @@ def made_up_inputs(session: Session, shapes: Mapping[str, list[int]]) -> dict[st
         if spec.optional:
             continue
         shape = tuple(shapes.get(spec.name, [max(1, axis) if axis != 0 else 0 for axis in spec.shape]))
-        if spec.datatype == "BYTES":
-            made[spec.name] = np.full(shape, b"0", dtype=object)
-        elif spec.datatype == "BOOL":
-            made[spec.name] = np.ones(shape, dtype=bool)
-        elif spec.datatype.startswith(("INT", "UINT")):
-            made[spec.name] = np.ones(shape, dtype=NUMPY_NAME[spec.datatype])
-        else:
-            made[spec.name] = generator.random(shape, dtype=np.float32).astype(NUMPY_NAME[spec.datatype])
+        try:
+            if spec.datatype == "BYTES":
+                made[spec.name] = np.full(shape, b"0", dtype=object)
+            elif spec.datatype == "BOOL":
+                made[spec.name] = np.ones(shape, dtype=bool)
+            elif spec.datatype.startswith(("INT", "UINT")):
+                made[spec.name] = np.ones(shape, dtype=NUMPY_NAME[spec.datatype])
+            else:
+                made[spec.name] = generator.random(shape, dtype=np.float32).astype(NUMPY_NAME[spec.datatype])
+        except (ValueError, MemoryError) as error:  # more elements than there are numbers for, or than memory
+            raise PeerError(f"cannot make up input '{spec.name}' of shape {list(shape)}: {error}") from error
     return made
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from agent.base.clock import Clock, iso
+from agent.infer import answers
 from agent.infer.children import ChildError, ChildLimits, ChildProcess
 from agent.selection.measurements import Failure, Measurement, MeasurementKey
 
@@ -67,6 +68,8 @@ class TrialPlan:
     load_timeout_s: float = 120.0
     check_timeout_s: float = 300.0
     run_timeout_s: float = 60.0
+    #: What the children run; they are confined by themselves, before they touch the model.
+    module: str = "agent.infer.child"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,8 @@ class Surroundings:
     energy_j: Callable[[], float | None] = lambda: None
     wait: Callable[[float], None] = lambda seconds: None
     progress: Callable[[Mapping[str, Any]], None] = lambda event: None
+    #: Asked again and again, also while a child works: what it raises ends the trial and its children.
+    go_on: Callable[[], None] = lambda: None
 
 
 @dataclass(slots=True)
@@ -137,23 +142,23 @@ class Trial:
             child = self._start(contest)
             if contest.rejection is None:
                 self._judge(contest, child.call("check", plan.check_timeout_s, metric=plan.metric))
-            contest.peak_mb = float(child.call("memory", plan.run_timeout_s)["peak_mb"])
+            contest.peak_mb = answers.number(child.call("memory", plan.run_timeout_s), "peak_mb")
         if not contest.runs or self._held_mb() > plan.headroom_mb:
             self._leave(contest)
 
     def _judge(self, contest: _Contest, answer: Mapping[str, Any]) -> None:
         """Take the golden check's answer: a value that passes, or a rejection."""
         plan = self._plan
-        if note := answer.get("note"):
+        if note := answers.text(answer, "note"):
             contest.notes.append(f"made-up inputs were refused: {note}"[:300])
         if plan.open_golden is None:
             return
-        value = answer.get("agreement")
+        value = answers.optional_number(answer, "agreement")
         if value is None:
-            reason = answer.get("disagrees") or "its answers are not finite numbers"
+            reason = answers.text(answer, "disagrees") or "its answers are not finite numbers"
             contest.rejection = ("disagreement", f"disagrees with the golden set: {reason}"[:300])
             return
-        contest.agreement = float(value)
+        contest.agreement = value
         if not plan.passes(contest.agreement):
             text = (
                 f"disagrees with the golden set: {plan.metric} {contest.agreement:.4g}, {plan.threshold:g} is asked for"
@@ -173,6 +178,8 @@ class Trial:
                 limits,
                 cpus=plan.cpus,
                 devices=entrant.devices,
+                module=plan.module,
+                go_on=self._around.go_on,
             )
         child.greet()
         key = entrant.key
@@ -191,11 +198,11 @@ class Trial:
             if error.kind == "refused":
                 contest.rejection = ("load", str(error))
             raise
-        load_ms = float(answer["load_ms"])
+        load_ms = answers.number(answer, "load_ms")
         contest.load_ms = load_ms if contest.load_ms is None else min(contest.load_ms, load_ms)
-        if answer["provider"] != key.provider:
-            contest.rejection = ("load", f"asked for {key.provider}, the runtime took {answer['provider']}")
-        if reason := plan.departs(answer["inputs"], answer["outputs"]):
+        if (taken := answers.text(answer, "provider")) != key.provider:
+            contest.rejection = ("load", f"asked for {key.provider}, the runtime took {taken}")
+        if reason := plan.departs(answers.tensors(answer, "inputs"), answers.tensors(answer, "outputs")):
             contest.rejection = ("load", reason)
         return child
 
@@ -251,8 +258,8 @@ class Trial:
                     "round", plan.run_timeout_s, seconds=plan.round_s, least=plan.least_runs, most=plan.most_runs
                 )
                 after = self._around.energy_j()
-                times = [float(value) for value in answer["times"]]
-                if note := answer.get("note"):
+                times = answers.numbers(answer, "times", max(plan.least_runs, plan.most_runs))
+                if note := answers.text(answer, "note"):
                     contest.notes.append(f"made-up inputs were refused: {note}"[:300])
                 # A round that met throttling tells of the heat, not of the candidate.
                 spoiled = self._around.throttled() is True
@@ -266,6 +273,7 @@ class Trial:
         for _ in range(60):
             if self._around.throttled() is not True:
                 return
+            self._around.go_on()
             self._around.wait(1.0)
 
     # -- results --------------------------------------------------------------------------------------------------

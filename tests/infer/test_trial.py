@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 
@@ -16,6 +17,7 @@ from agent.selection.measurements import measurement_key
 from tests import onnx_models
 
 CPU = "CPUExecutionProvider"
+LIAR = "tests.infer.hostile.liar"
 
 
 class Opened:
@@ -196,3 +198,63 @@ def _parent(pid):
             return int(stream.read().rsplit(")", 1)[1].split()[1])
     except OSError:
         return 0
+
+
+def lie(**answers):
+    """An entrant whose child answers these operations with these texts, and the others honestly."""
+    return entrant("liar", json.dumps(answers).encode())
+
+
+def test_the_liar_of_the_next_test_passes_when_it_does_not_lie():
+    assert run(lie(), module=LIAR)["liar"].ok
+
+
+@pytest.mark.parametrize(
+    ("operation", "answer"),
+    [
+        ("load", "{}"),
+        ("load", '{"load_ms": "soon", "provider": "CPUExecutionProvider", "inputs": [], "outputs": []}'),
+        ("load", '{"load_ms": NaN, "provider": "CPUExecutionProvider", "inputs": [], "outputs": []}'),
+        ("load", '{"load_ms": 1, "provider": {}, "inputs": [], "outputs": []}'),
+        ("load", '{"load_ms": 1, "provider": "CPUExecutionProvider", "inputs": [7], "outputs": []}'),
+        ("load", '{"load_ms": 1, "provider": "CPUExecutionProvider", "inputs": "x", "outputs": []}'),
+        ("load", '{"load_ms": 1, "provider": "CPUExecutionProvider", "inputs": [{"name": 1}], "outputs": []}'),
+        ("load", '{"load_ms": 1' + "0" * 400 + ', "provider": "x", "inputs": [], "outputs": []}'),
+        ("load", "[" * 100_000),
+        ("check", '{"agreement": "perfect"}'),
+        ("check", '{"agreement": Infinity}'),
+        ("check", '{"agreement": null, "disagrees": ["x"]}'),
+        ("memory", "{}"),
+        ("memory", '{"peak_mb": -5}'),
+        ("memory", '{"peak_mb": 1e999}'),
+        ("round", "{}"),
+        ("round", '{"times": 3}'),
+        ("round", '{"times": [1, null]}'),
+        ("round", '{"times": [-1]}'),
+        ("round", '{"times": [0]}'),
+        ("round", '{"times": [NaN]}'),
+        ("round", '{"times": [true]}'),
+        ("round", '{"times": [' + "1," * 100_000 + "1]}"),
+        ("round", '{"times": [1], "note": {}}'),
+        ("round", "null"),
+    ],
+)
+def test_whatever_a_child_says_only_its_own_candidate_is_rejected(operation, answer):
+    golden_set = {"open_golden": lambda: Opened(b""), "metric": "top1"} if operation == "check" else {}
+    seen = run(lie(**{operation: answer}), module=LIAR, **golden_set)["liar"]
+    assert not seen.ok
+    assert seen.failure == "crash"
+    assert seen.to_json()  # whatever was said, it can be written into the catalog
+
+
+def test_what_a_child_says_cannot_steer_a_terminal():
+    said = json.dumps({"error": "\x1b]0;owned\x07\nerror: all is well\r"})
+    seen = run(lie(load=said), module=LIAR)["liar"]
+    assert seen.failure == "load"
+    assert seen.reason.isprintable()
+
+
+@pytest.mark.parametrize("shape", [[1 << 30], [(1 << 31) - 1] * 2, [(1 << 31) - 1] * 32, [0] * 64])
+def test_an_absurd_shape_for_made_up_inputs_is_no_crash_of_the_model(shape):
+    seen = run(entrant("good", onnx_models.linear()), shapes={"x": shape})["good"]
+    assert seen.failure not in ("crash", "hang"), seen.reason
