@@ -44,7 +44,7 @@ def _install() -> None:
     if _NAME not in sys.modules:
         late = _Late(_NAME)
         sys.modules[_NAME] = late
-        importlib.metadata = late  # type: ignore[assignment]  # what importing the real one would set
+        setattr(importlib, "metadata", late)  # noqa: B010 - what importing the real one would set; mypy knows that one
 
 
 _install()

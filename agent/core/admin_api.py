@@ -69,17 +69,22 @@ class AdminApi:
     async def _add(self, request: Request) -> Response:
         options = request.json()
         _known(options, {"name", "file_name", "shapes"})
+        wanted = AddRequest(
+            file_name=_text(options, "file_name") or "",
+            name=_text(options, "name"),
+            shapes=_shapes(options),
+        )
         (descriptor,) = request.take_descriptors(1)
-        try:
-            wanted = AddRequest(
-                descriptor=descriptor,
-                file_name=_text(options, "file_name") or "",
-                name=_text(options, "name"),
-                shapes=_shapes(options),
+        # Closed when the work is over and not before: its number would be given to something else, which then would
+        # be read in its place.
+        return json_response(
+            await self._operations.run(
+                "models add",
+                lambda tell: self._installer.add(descriptor, wanted, tell),
+                request.progress,
+                at_end=lambda: os.close(descriptor),
             )
-            return await self._do(request, "models add", lambda tell: self._installer.add(wanted, tell))
-        finally:
-            os.close(descriptor)
+        )
 
     def _show(self, request: Request) -> Response:
         name = request.params["name"]

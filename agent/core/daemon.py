@@ -115,6 +115,7 @@ class Core:
             SystemClock(),
             unsigned=config.trust.unsigned,
             outdated=partial(outdated, view),
+            go_on=self._operations.go_on,
         )
         self._maintenance = Maintenance(self._store, serving.show)
 
@@ -138,7 +139,7 @@ class Core:
         def chooser() -> ChooseVariant:
             from agent.core.trying import make_chooser  # noqa: PLC0415 - most starts try nothing
 
-            return make_chooser(view, self._store.read, selection)
+            return make_chooser(view, self._store.read, selection, self._operations.go_on)
 
         def choose(*arguments: Any) -> Choice:
             return chooser()(*arguments)
@@ -188,10 +189,10 @@ class Core:
 
     async def _wind_down(self) -> None:
         self._notifier.stopping("draining")
-        for server in (getattr(self, "_infer", None), getattr(self, "_admin", None)):
-            if server is not None:
-                await server.drain(self._config.server.drain_s)
-        self._operations.close()
+        self._operations.stop()  # first, or the admin socket would drain for as long as a trial lasts
+        servers = [server for server in (getattr(self, "_infer", None), getattr(self, "_admin", None)) if server]
+        await asyncio.gather(*(server.drain(self._config.server.drain_s) for server in servers))
+        await self._operations.close()
         await self._engine.close()
         _LOG.info("stopped")
 

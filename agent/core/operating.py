@@ -1,12 +1,14 @@
 """The bridge between the event loop and the blocking operations.
 
 Operations run one at a time in a thread of their own, so that the catalog has one writer and trials never compete; what
-they ask of the serving side is done on the event loop's thread, which alone changes the engine.
+they ask of the serving side is done on the event loop's thread, which alone changes the engine. A stop ends what is
+under way at its next step (``go_on``, or its next word of progress): a trial may have minutes to go.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +29,8 @@ class Operations:
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="operation")
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting = 0
+        self._stopping = threading.Event()
+        self._futures: set[asyncio.Future[Any]] = set()
         self._doing = ""
         self._since = 0.0
 
@@ -42,34 +45,57 @@ class Operations:
             return None
         return {"operation": self._doing, "seconds": round(time.monotonic() - self._since, 1)}
 
-    async def run(self, name: str, work: Callable[[Progress], _T], progress: Progress) -> _T:
+    async def run(
+        self,
+        name: str,
+        work: Callable[[Progress], _T],
+        progress: Progress,
+        at_end: Callable[[], None] = lambda: None,
+    ) -> _T:
         """Do ``work`` when its turn comes; its progress arrives on this thread. TryLaterError when too many wait.
 
-        A caller that goes away does not stop the work: half an installation helps nobody.
+        A caller that goes away does not stop the work: half an installation helps nobody. ``at_end`` is called when
+        the work is over, or was never begun; what the work needs must live until then, and the caller may not.
         """
-        if self._waiting >= _MOST_WAITING:
-            raise TryLaterError(f"cannot start {name}: {self._waiting} operations are waiting already")
         loop = asyncio.get_running_loop()
 
         def tell(event: Mapping[str, Any]) -> None:
+            self.go_on()
             loop.call_soon_threadsafe(progress, event)
 
         def named() -> _T:
+            self.go_on()
             self._doing, self._since = name, time.monotonic()
             try:
                 return work(tell)
             finally:
                 self._doing = ""
 
-        self._waiting += 1
-        future = loop.run_in_executor(self._executor, named)
+        try:
+            self._require_room(name)
+            future = loop.run_in_executor(self._executor, named)
+        except BaseException:
+            at_end()
+            raise
+        self._futures.add(future)
         future.add_done_callback(self._done)
+        future.add_done_callback(lambda _: at_end())
         return await asyncio.shield(future)
 
+    def _require_room(self, name: str) -> None:
+        self.go_on()
+        if len(self._futures) >= _MOST_WAITING:
+            raise TryLaterError(f"cannot start {name}: {len(self._futures)} operations are waiting already")
+
     def _done(self, future: asyncio.Future[Any]) -> None:
-        self._waiting -= 1
+        self._futures.discard(future)
         if not future.cancelled():
             future.exception()  # seen, also when the caller went away
+
+    def go_on(self) -> None:
+        """TryLaterError once the agent is stopping. For operations to ask between steps, from their own thread."""
+        if self._stopping.is_set():
+            raise TryLaterError("cannot go on: the agent is stopping", hint="try again when it runs again")
 
     def on_loop(self, work: Callable[[], _T]) -> _T:
         """From the operations' thread: do ``work`` on the event loop's thread and wait for its result."""
@@ -86,6 +112,13 @@ class Operations:
             raise TryLaterError("cannot reach the serving side: it has not started")
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    def close(self) -> None:
-        """Wait for what is under way; what waits is not started."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+    def stop(self) -> None:
+        """Begin the end: what is under way ends at its next step, what waits is not begun."""
+        self._stopping.set()
+
+    async def close(self) -> None:
+        """Wait for what is under way. The loop goes on turning meanwhile: the work may be waiting for it."""
+        self.stop()
+        if self._futures:
+            await asyncio.wait(list(self._futures))
+        self._executor.shutdown()

@@ -7,6 +7,7 @@ core imports it when the first thing is to be tried.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from agent.base.clock import SystemClock
 from agent.base.config import SelectionConfig
@@ -18,8 +19,10 @@ from agent.operations.measured import DeviceView
 from agent.operations.shelving import OpenBlob
 
 
-def make_chooser(device: DeviceView, open_blob: OpenBlob, selection: SelectionConfig) -> VariantChooser:
-    """Chooses by measuring on this machine."""
+def make_chooser(
+    device: DeviceView, open_blob: OpenBlob, selection: SelectionConfig, go_on: Callable[[], None]
+) -> VariantChooser:
+    """Chooses by measuring on this machine. ``go_on`` raises when a trial is to be given up."""
     settings = TrialSettings(
         candidates=selection.candidates,
         least_rounds=selection.min_rounds,
@@ -29,6 +32,10 @@ def make_chooser(device: DeviceView, open_blob: OpenBlob, selection: SelectionCo
         quarantine_after=selection.quarantine_after,
     )
     around = Surroundings(
-        clock=SystemClock(), throttled=lambda: read_sensors().throttled_now, energy_j=EnergyMeter(), wait=time.sleep
+        clock=SystemClock(),
+        throttled=lambda: read_sensors().throttled_now,
+        energy_j=EnergyMeter(),
+        wait=time.sleep,
+        go_on=go_on,
     )
     return VariantChooser(device, open_blob, settings, around)

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,7 +69,10 @@ class ChildProcess:
         cpus: Sequence[int] = (),
         devices: Sequence[str] = (),
         module: str = "agent.infer.child",
+        go_on: Callable[[], None] = lambda: None,
     ) -> None:
+        """``go_on`` is called while the child is waited for; what it raises comes out of the call."""
+        self._go_on = go_on
         self._limits = limits
         self._baseline_kb = 0
         given = [fd for fd in descriptors.values() if fd is not None]
@@ -159,6 +162,7 @@ class ChildProcess:
                 self.close()
                 raise ChildError("hung", f"hung: no answer to '{doing}' within {timeout_s:.0f} s")
             self._require_within_limits(doing)
+            self._go_on()
             self._control.settimeout(_POLL_S)
             try:
                 part = self._control.recv(1 << 16)

@@ -1,21 +1,21 @@
 """Putting a model on the device: store, try, choose, activate; and going back or away again.
 
-Order: reserve space, encrypt while reading, try in children, commit, load, switch. A kill at any point leaves the
-version wholly installed or not at all, and the one that answered before goes on answering until the new one has loaded.
+Order: reserve space, encrypt while reading, try in children, load, then commit and switch in one. A kill at any point
+leaves the version installed and active or not there at all, and the one that answered before goes on answering until
+the new one has loaded. ``go_on`` raises once the agent is stopping; an operation asks it, and its progress, on its way.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from agent.base.clock import Clock, iso
-from agent.base.errors import AgentError, ConflictError, NotFoundError, PeerError, RefusedError, UnsupportedError
+from agent.base.errors import AgentError, ConflictError, NotFoundError, RefusedError, UnsupportedError
 from agent.bundles.manifest import FileRef, Manifest
+from agent.operations.incoming import contents, opened
 from agent.operations.measured import Choice, ChooseVariant, Known, Progress
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
 from agent.store.store import Store
@@ -27,9 +27,8 @@ _LOG = logging.getLogger("edge_agent.operations")
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """What to add: an open file (bundle or bare model; a pipe for a bundle), and how to call it."""
+    """How to call what is added, and the shapes of inputs that are made up to try it."""
 
-    descriptor: int
     file_name: str = ""
     name: str | None = None
     shapes: Mapping[str, list[int]] | None = None
@@ -55,6 +54,7 @@ class Installer:
         *,
         unsigned: Literal["allow", "refuse"] = "allow",
         outdated: Outdated = lambda manifest, known, chosen: (),
+        go_on: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._choose = choose
@@ -62,16 +62,20 @@ class Installer:
         self._clock = clock
         self._unsigned = unsigned
         self._outdated = outdated
+        self._go_on = go_on
 
-    def add(self, request: AddRequest, progress: Progress) -> dict[str, Any]:
-        """Install and activate; returns when the model answers. Raises why it will not, and nothing is left then."""
+    def add(self, descriptor: int, request: AddRequest, progress: Progress) -> dict[str, Any]:
+        """Install and activate what ``descriptor`` holds: a bundle (file or pipe) or a bare model (file).
+
+        Returns when the model answers. Raises why it will not, and nothing is left then.
+        """
         if self._unsigned == "refuse":
             raise RefusedError(
                 "cannot add model: this device takes signed models only",
                 hint='publish it to the fleet, or set unsigned = "allow" in [trust]',
             )
-        with _opened(request.descriptor) as stream:
-            manifest, files = _contents(stream, request)
+        with opened(descriptor, self._go_on) as stream:
+            manifest, files = contents(stream, file_name=request.file_name, name=request.name)
             name, version = manifest.name, manifest.version
             if (existing := self._existing(manifest)) is not None:
                 progress({"stage": "unchanged", "model": name, "version": version})
@@ -82,12 +86,11 @@ class Installer:
         try:
             choice = self._choose(manifest, refs, self._known(manifest), request.shapes or {}, progress)
             _require_choice(choice, f"cannot add model '{name}'")
-            document = self._store.commit(lambda document: _with_version(document, manifest, refs, choice, self._now()))
+            self._commit_loaded(manifest, _version_entry(manifest, refs, choice, self._now()), progress)
         except BaseException:
             self._store.discard(refs.values())
             raise
-        self._serving.show(document)
-        return self.activate(name, version, progress)
+        return self._result(name, version)
 
     def activate(self, name: str, version: str, progress: Progress = lambda event: None) -> dict[str, Any]:
         """Let ``version`` answer: load it first, then switch. The version before stays installed for ``rollback``."""
@@ -135,6 +138,7 @@ class Installer:
         changed: dict[str, list[str]] = {}
         for name, model in self._store.document.models.items():
             entry = model.versions[model.active] if model.active else None
+            self._go_on()
             if entry is None:
                 continue
             known = Known(entry.measurements, entry.quarantine)
@@ -148,6 +152,22 @@ class Installer:
         return changed
 
     # -- within -------------------------------------------------------------------------------------------------------
+
+    def _commit_loaded(self, manifest: Manifest, entry: VersionEntry, progress: Progress) -> None:
+        """Install and activate in one commit, so that no kill can leave one without the other.
+
+        The version is loaded before: shown to the serving side beside what is committed, without being active.
+        """
+        name, version = manifest.name, manifest.version
+        self._serving.show(_with_version(self._store.document, name, version, entry))
+        try:
+            progress({"stage": "load", "model": name, "version": version})
+            self._serving.load(name, version)
+            self._store.commit(
+                lambda document: _with_active(_with_version(document, name, version, entry), name, version)
+            )
+        finally:
+            self._serving.show(self._store.document)
 
     def _encrypt(
         self, manifest: Manifest, files: Iterator[tuple[FileRef, Iterator[bytes]]], progress: Progress
@@ -223,41 +243,6 @@ def _require_choice(choice: Choice, what: str) -> None:
         raise UnsupportedError(f"{what}: {choice.why}", hint=choice.hint)
 
 
-def _opened(descriptor: int) -> BinaryIO:
-    """The descriptor as a stream of its own. PeerError for what is no file and no pipe."""
-    mode = os.fstat(descriptor).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-        raise PeerError("cannot add model: neither a file nor a pipe")
-    return os.fdopen(os.dup(descriptor), "rb", buffering=0)
-
-
-def _contents(stream: BinaryIO, request: AddRequest) -> tuple[Manifest, Iterator[tuple[FileRef, Iterator[bytes]]]]:
-    """The manifest and the files behind it, of a bundle or a bare model."""
-    # Readers of hostile files are a good part of the code, and a device that has its models needs none of it.
-    from agent.bundles import bare  # noqa: PLC0415 - see above
-    from agent.bundles.archive import BundleReader  # noqa: PLC0415
-    from agent.bundles.kinds import HEAD_BYTES, kind_of  # noqa: PLC0415
-
-    descriptor = stream.fileno()
-    regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
-    if not regular or kind_of(os.pread(descriptor, HEAD_BYTES, 0)) == "edgemodel":
-        if regular:
-            stream.seek(0)
-        reader = BundleReader(stream)
-        manifest = reader.read_manifest()
-        if request.name is not None:
-            manifest = Manifest.model_validate({**manifest.model_dump(), "name": request.name})
-        return manifest, reader.files()
-    manifest = bare.describe(descriptor, file_name=request.file_name, name=request.name)
-    stream.seek(0)
-    return manifest, iter([(manifest.variants[0].file, _blocks(stream))])
-
-
-def _blocks(stream: BinaryIO, size: int = 1 << 18) -> Iterator[bytes]:
-    while block := stream.read(size):
-        yield block
-
-
 # -- changes of the catalog: pure -------------------------------------------------------------------------------------
 
 
@@ -268,11 +253,8 @@ def _replace(document: CatalogDocument, name: str, model: ModelEntry | None) -> 
     return document.model_copy(update={"models": models})
 
 
-def _with_version(
-    document: CatalogDocument, manifest: Manifest, refs: Mapping[str, BlobRef], choice: Choice, now: str
-) -> CatalogDocument:
-    model = document.models.get(manifest.name, ModelEntry())
-    entry = VersionEntry(
+def _version_entry(manifest: Manifest, refs: Mapping[str, BlobRef], choice: Choice, now: str) -> VersionEntry:
+    return VersionEntry(
         manifest=manifest,
         origin="unsigned",
         added_at=now,
@@ -282,8 +264,11 @@ def _with_version(
         measurements=choice.measurements,
         quarantine=choice.quarantine,
     )
-    versions = {**model.versions, manifest.version: entry}
-    return _replace(document, manifest.name, model.model_copy(update={"versions": versions}))
+
+
+def _with_version(document: CatalogDocument, name: str, version: str, entry: VersionEntry) -> CatalogDocument:
+    model = document.models.get(name, ModelEntry())
+    return _replace(document, name, model.model_copy(update={"versions": {**model.versions, version: entry}}))
 
 
 def _with_choice(document: CatalogDocument, name: str, version: str, choice: Choice) -> CatalogDocument:
@@ -296,7 +281,7 @@ def _with_choice(document: CatalogDocument, name: str, version: str, choice: Cho
             "quarantine": choice.quarantine,
         }
     )
-    return _replace(document, name, model.model_copy(update={"versions": {**model.versions, version: entry}}))
+    return _with_version(document, name, version, entry)
 
 
 def _with_active(document: CatalogDocument, name: str, version: str) -> CatalogDocument:
