@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -23,6 +25,16 @@ if TYPE_CHECKING:
 MAX_ARRAYS = 1024
 MAX_BYTES = 512 << 20
 _HEADER_BYTES = 10_000
+#: How a file starts, and the bytes of the header's length that follow.
+_HEADER_LENGTHS = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}
+#: A header is a Python dictionary. Numbers, truth values and texts only: no objects, records, dates.
+_NUMBER = r"-?(?:0|[1-9][0-9]{0,17})"
+_FIELD = (
+    r"(?:'descr'[ \n]*:[ \n]*'([<>|=]?(?:b1|[iuf][1248]|[SU][0-9]{1,9}))'"
+    r"|'fortran_order'[ \n]*:[ \n]*(True|False)"
+    rf"|'shape'[ \n]*:[ \n]*(\((?:{_NUMBER},(?: ?{_NUMBER},)*(?: ?{_NUMBER})?)?\)))"
+)
+_HEADER = re.compile(rf"\{{[ \n]*(?:{_FIELD}[ \n]*,[ \n]*)*(?:{_FIELD}[ \n]*)?\}}[ \n]*")
 #: What a ZIP file may hold before its arrays: directory and headers.
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -35,8 +47,8 @@ def load_arrays(source: int | bytes, *, limit: int = MAX_BYTES) -> dict[str, NDA
     try:
         with _open(source) as stream, zipfile.ZipFile(stream) as archive:
             return _load(archive, limit)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
-        # ValueError and NotImplementedError: numpy's header parser and zipfile's word for unknown features.
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        # NotImplementedError, RuntimeError: what zipfile says of unknown features and of members with a password.
         raise PeerError(
             f"cannot read arrays: {error}", hint="the file must be an .npz as numpy.savez writes it"
         ) from error
@@ -84,21 +96,42 @@ def _load(archive: zipfile.ZipFile, limit: int) -> dict[str, NDArray[Any]]:
 def _read_array(member: IO[bytes], size: int, name: str) -> NDArray[Any]:
     import numpy as np  # noqa: PLC0415
 
-    version = np.lib.format.read_magic(member)
-    if version not in ((1, 0), (2, 0)):
-        raise PeerError(f"cannot read arrays: {name!r} is of .npy version {version}")
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read_header(member, max_header_size=_HEADER_BYTES)
-    if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
-        raise PeerError(f"cannot read arrays: {name!r} holds Python objects or records")
+    kind, fortran_order, shape = _read_header(member, name)
+    try:
+        dtype = np.dtype(kind)
+    except TypeError as error:
+        raise PeerError(f"cannot read arrays: {name!r} holds {kind}, which is no datatype of tensors") from error
     need = math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or len(shape) > 32 or need > size:
         raise PeerError(f"cannot read arrays: {name!r} announces {list(shape)}, the file holds {size} bytes for it")
     data = member.read(need)
     if len(data) != need or member.read(1):
         raise PeerError(f"cannot read arrays: {name!r} announces {need} bytes and holds another number")
+    if dtype.kind == "U" and np.frombuffer(data, f"{dtype.str[0]}u4").max(initial=0) > sys.maxunicode:
+        raise PeerError(f"cannot read arrays: {name!r} holds a text that is not Unicode")
     array = np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if fortran_order else "C")
     return _as_bytes_elements(array) if dtype.kind in "SU" else array
+
+
+def _read_header(member: IO[bytes], name: str) -> tuple[str, bool, tuple[int, ...]]:
+    """Datatype, order and shape. numpy's own reader would hand the text, a Python literal, to Python's compiler."""
+    start = member.read(8)
+    width = _HEADER_LENGTHS.get(start)
+    if width is None:
+        raise PeerError(f"cannot read arrays: {name!r} is no .npy of version 1.0 or 2.0")
+    length = int.from_bytes(member.read(width), "little")
+    if length > _HEADER_BYTES:
+        raise PeerError(f"cannot read arrays: {name!r} has a header of {length} bytes, {_HEADER_BYTES} fit")
+    text = member.read(length).decode("latin-1")
+    if len(text) != length:
+        raise PeerError(f"cannot read arrays: {name!r} ends inside its header")
+    # A field given twice counts once, its last value, as in Python.
+    kind = order = shape = ""
+    for found in re.findall(_FIELD, text) if _HEADER.fullmatch(text) else ():
+        kind, order, shape = (new or old for new, old in zip(found, (kind, order, shape), strict=True))
+    if not (kind and order and shape):
+        raise PeerError(f"cannot read arrays: {name!r} holds Python objects or records, or its header is malformed")
+    return kind, order == "True", tuple(int(axis) for axis in re.findall(_NUMBER, shape))
 
 
 def _as_bytes_elements(array: NDArray[Any]) -> NDArray[Any]:

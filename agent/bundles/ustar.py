@@ -25,6 +25,8 @@ _KINDS = {
     b"L": "a GNU long name", b"K": "a GNU long link name", b"S": "a sparse file", b"V": "a volume header",
     b"M": "a continued file", b"D": "a GNU directory dump",
 }  # fmt: skip
+#: Mode, owner, group, date, device: not used, but a reader that does look at them must not stumble and stop there.
+_UNUSED_NUMBERS = ((100, 108), (108, 116), (116, 124), (136, 148), (329, 337), (337, 345))
 #: Keywords of an extended header that change neither name nor content of the member.
 _HARMLESS = frozenset({"mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "comment"})
 _PLAIN_HINT = "pack it with edge-fleet pack, or with tar --format=ustar and plain file names"
@@ -74,6 +76,8 @@ def decode_header(block: bytes) -> Header:
     name = _plain_name(block[0:100])
     kind = block[156:157]
     size = _octal(block[124:136], name)
+    for start, end in _UNUSED_NUMBERS:
+        _check_unused(block[start:end], name)
     if kind == _EXTENDED:
         if size > MAX_EXTENDED_BYTES:
             raise PeerError(f"cannot read bundle: extended header of {size} bytes", hint=_PLAIN_HINT)
@@ -117,6 +121,12 @@ def _plain_name(field: bytes) -> str:
         return raw.decode("ascii")
     except UnicodeDecodeError as error:
         raise PeerError(f"cannot read bundle: file name {raw!r} is not plain", hint=_PLAIN_HINT) from error
+
+
+def _check_unused(field: bytes, name: str) -> None:
+    """Octal, empty, or the base-256 coding of GNU tar for what octal is too short for."""
+    if field[0] not in (0x80, 0xFF) and field.strip(b"\0 "):
+        _octal(field, name)
 
 
 def _octal(field: bytes, name: str) -> int:
