@@ -88,7 +88,8 @@ def _status(arguments: argparse.Namespace, paths: Paths) -> int:
     print(f"edge-agent {result['version']}, up {result['uptime_s']:.0f} s: {result['health']}")
     print(f"board      {result['board'] or 'unknown'} (profile {result['profile']})")
     names = {row["name"] for row in result["models"]}
-    print(f"models     {len(names)} in {len(result['models'])} versions, {len(result['loaded'])} loaded")
+    versions = f"{len(result['models'])} version{'' if len(result['models']) == 1 else 's'}"
+    print(f"models     {len(names)} in {versions}, {len(result['loaded'])} loaded")
     print(f"memory     {result['memory_budget_mb']} MB for models, {result['threads']} threads a run")
     print(f"store      generation {result['generation']}, key from {result['key_source']}")
     if doing := result["under_way"]:
