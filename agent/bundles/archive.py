@@ -142,7 +142,12 @@ def write(manifest: Manifest, files: Mapping[str, Path | bytes], stream: Sink) -
     ``files`` maps each file name of the manifest to its path or content; sizes and digests are verified on the way, and
     a PeerError leaves a bundle without an end mark, which no reader takes. Raises OSError for unreadable files.
     """
-    _write_member(stream, MANIFEST_NAME, manifest.to_json())
+    document = manifest.to_json()
+    if len(document) > MAX_MANIFEST_BYTES:
+        raise TooLargeError(
+            f"cannot pack {manifest.name}: {MANIFEST_NAME} has {len(document)} bytes, {MAX_MANIFEST_BYTES} fit"
+        )
+    _write_member(stream, MANIFEST_NAME, document)
     for ref in manifest.files():
         content = files.get(ref.name)
         if content is None:

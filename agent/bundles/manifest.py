@@ -14,6 +14,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    FailFast,
     Field,
     JsonValue,
     StringConstraints,
@@ -49,8 +50,21 @@ GoldenMetric = Literal["top1", "cosine", "max_abs"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "mixed"]
 
 
+#: A list is judged up to its first wrong member: a megabyte of wrong ones would make a gigabyte of complaints.
+_QUICK = FailFast()
+_MAX_FIELDS = 64
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, data: object) -> object:
+        """As for lists: each unknown field would be a complaint."""
+        if isinstance(data, dict) and len(data) > _MAX_FIELDS:
+            raise ValueError(f"must not have more than {_MAX_FIELDS} fields")
+        return data
 
 
 class TensorSpec(_Part):
@@ -62,7 +76,7 @@ class TensorSpec(_Part):
 
     name: ShortText
     datatype: Datatype
-    shape: Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(max_length=32)]
+    shape: Annotated[tuple[Annotated[int, Field(ge=-1)], ...], Field(max_length=32), _QUICK]
     optional: bool = False
     any_rank: bool = False
 
@@ -101,9 +115,9 @@ class FileRef(_Part):
 class Requires(_Part):
     """What a variant needs. ``all_features``/``any_features`` use detection's words (``dotprod``, ``avx2`` …)."""
 
-    arch: tuple[ShortText, ...] = ()
-    all_features: tuple[ShortText, ...] = ()
-    any_features: tuple[ShortText, ...] = ()
+    arch: Annotated[tuple[ShortText, ...], _QUICK] = ()
+    all_features: Annotated[tuple[ShortText, ...], _QUICK] = ()
+    any_features: Annotated[tuple[ShortText, ...], _QUICK] = ()
     accelerator: ShortText | None = None
     min_memory_mb: Annotated[int, Field(ge=0)] = 0
     runtime_version: ShortText | None = None
@@ -122,7 +136,7 @@ class Variant(_Part):
     id: Name
     runtime: Runtime
     precision: Precision
-    technique: tuple[Technique, ...] = ()
+    technique: Annotated[tuple[Technique, ...], _QUICK] = ()
     derived_from: Name | None = None
     file: FileRef
     requires: Requires = Requires()
@@ -175,10 +189,10 @@ class Manifest(_Part):
     task: Text = ""
     description: Text = ""
     license: Text = ""
-    labels: tuple[Annotated[str, StringConstraints(max_length=256)], ...] = ()
-    inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=256)]
-    outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=256)]
-    variants: Annotated[tuple[Variant, ...], Field(min_length=1, max_length=64)]
+    labels: Annotated[tuple[Annotated[str, StringConstraints(max_length=256)], ...], _QUICK] = ()
+    inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=256), _QUICK]
+    outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=256), _QUICK]
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1, max_length=64), _QUICK]
     golden: Golden | None = None
     policy: Policy = Policy()
     cache: CachePolicy | None = None

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from agent.base.errors import NotFoundError, PeerError, TooLargeError
 from agent.bundles import archive
 from agent.bundles.manifest import FileRef, Golden, Manifest, TensorSpec, Variant, parse_manifest
-from agent.bundles.ustar import encode_header
+from agent.bundles.ustar import decode_header, encode_header
 
 FP32, INT8, GOLDEN = os.urandom(700_001), b"int8 weights" * 100, b"golden"
 
@@ -259,6 +259,25 @@ def test_hidden_bytes_between_files_are_refused() -> None:
 def test_a_huge_manifest_is_refused_unread() -> None:
     with pytest.raises(TooLargeError, match=r"model\.json has 2000000 bytes"):
         drained(encode_header("model.json", 2_000_000))
+
+
+def test_a_manifest_that_no_reader_takes_is_not_packed() -> None:
+    variant = a_manifest().variants[0].model_copy(update={"parameters": {"scales": [1] * 200_000}})
+    with pytest.raises(TooLargeError, match=r"cannot pack digits: model\.json has"):
+        packed(a_manifest(variants=(variant,), golden=None))
+
+
+def test_a_device_number_that_no_other_reader_takes_is_refused() -> None:
+    """Python's tarfile ends its listing there without a word; large numbers as GNU tar writes them are fine."""
+    header = encode_header("model.json", 5)
+    for field, holds in ((b"\x80\0\0\0\0\x7f\xff\xff", True), (b"       \0", True), (b"@000000\0", False)):
+        blank = header[:108] + field + header[116:148] + b" " * 8 + header[156:]
+        block = blank[:148] + b"%06o\0 " % sum(blank) + blank[156:]
+        if holds:
+            assert decode_header(block).name == "model.json"
+        else:
+            with pytest.raises(PeerError, match="not plain octal"):
+                decode_header(block)
 
 
 WHOLE = plain_tar([("model.json", a_manifest(golden=None, variants=a_manifest().variants[1:]).to_json()),
