@@ -91,6 +91,15 @@ def test_every_kind_of_array_survives_the_way(client: Client) -> None:
         assert np.array_equal(result[name], array, equal_nan=name in ("f4",)), name
 
 
+def test_large_outputs_are_views_of_what_was_received(client: Client) -> None:
+    for length in range(8):  # whatever the length of the JSON before them
+        array = client.infer("echo", {"x" * (length + 1): np.zeros((1, 3, 64, 64), "f8")})["x" * (length + 1)]
+        base = array
+        while isinstance(base, np.ndarray):
+            base = base.base
+        assert isinstance(base, memoryview)
+
+
 def test_lists_and_numbers_are_arrays_too(client: Client) -> None:
     result = client.infer("echo", {"a": [[1, 2], [3, 4]], "b": 1.5, "c": True})
     assert result["a"].tolist() == [[1, 2], [3, 4]]

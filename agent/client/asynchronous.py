@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Generator, Mapping
@@ -21,7 +22,6 @@ from agent.client.exchange import (
     Step,
     exchange,
     is_ready,
-    is_stale,
     model_path,
     not_taken,
     request,
@@ -90,14 +90,8 @@ class AsyncClient:
 
     async def _call_on_some(self, parts: list[Part]) -> Answer:
         while self._kept:
-            kept = self._kept.pop()
-            if is_stale(kept):
-                kept.close()
-                continue
-            try:
-                return await self._on(kept, parts)
-            except NotTaken:
-                break
+            with contextlib.suppress(NotTaken):
+                return await self._on(self._kept.pop(), parts)
         try:
             return await self._on(await self._connected(), parts)
         except NotTaken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 import time
@@ -20,7 +21,6 @@ from agent.client.exchange import (
     Step,
     exchange,
     is_ready,
-    is_stale,
     model_path,
     not_taken,
     request,
@@ -54,10 +54,6 @@ class Line:
         except BlockingIOError:
             return False
         return True
-
-    def stale(self) -> bool:
-        """Whether the server closed it meanwhile, or said something that nobody asked for."""
-        return is_stale(self._sock)
 
     def perform(
         self, steps: Generator[Step, int, Answer], deadline: float | None, descriptors: Sequence[int] = ()
@@ -116,19 +112,15 @@ class Lines:
     def call(
         self, parts: list[Part], *, descriptors: Sequence[int] = (), on_line: Callable[[bytes], None] | None = None
     ) -> Answer:
-        """One exchange, repeated once on a fresh connection when a kept one had gone."""
+        """One exchange; on another connection where a kept one turns out to have been closed before."""
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
-        line = self._fresh_enough()
         try:
-            if line is not None:
-                try:
+            while (line := self._kept_one()) is not None:
+                with contextlib.suppress(NotTaken):
                     return self._on(line, parts, deadline, descriptors, on_line)
-                except NotTaken:
-                    pass
-            try:
-                return self._on(Line(self.path, deadline), parts, deadline, descriptors, on_line)
-            except NotTaken:
-                raise not_taken(self.path) from None
+            return self._on(Line(self.path, deadline), parts, deadline, descriptors, on_line)
+        except NotTaken:
+            raise not_taken(self.path) from None
         except OSError as error:
             raise unreachable(self.path, error) from error
 
@@ -151,15 +143,11 @@ class Lines:
             line.close()
         return answer
 
-    def _fresh_enough(self) -> Line | None:
-        while True:
-            try:
-                line = self._kept.pop()
-            except IndexError:
-                return None
-            if not line.stale():
-                return line
-            line.close()
+    def _kept_one(self) -> Line | None:
+        try:
+            return self._kept.pop()
+        except IndexError:
+            return None
 
     def close(self) -> None:
         """Close the kept connections; later calls open new ones."""

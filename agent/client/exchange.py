@@ -7,7 +7,6 @@ and repeats alike.
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,18 +203,6 @@ def _chunk_size(line: bytes) -> int:
         return int(line.partition(b";")[0], 16)
     except ValueError as error:
         raise AgentError("cannot read the agent's answer: malformed chunk") from error
-
-
-def is_stale(sock: socket.socket) -> bool:
-    """Whether a kept connection was closed meanwhile, or holds something that nobody asked for."""
-    try:
-        sock.setblocking(False)  # with a timeout Python would wait before it tries
-        sock.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def unreachable(path: str, error: OSError) -> AgentError:

@@ -272,6 +272,25 @@ def test_what_is_under_way_is_answered_before_the_end(short_dir: Path, uvloop: b
         assert draining.result(30) is True
 
 
+def test_what_has_arrived_is_under_way(short_dir: Path, uvloop: bool) -> None:
+    """A request on a kept connection, and a connection in the queue, that nobody has looked at yet."""
+    running, _ = serving(short_dir / "s", uvloop=uvloop)
+
+    async def arrive_and_drain() -> bool:
+        kept.sendall(INFER)
+        fresh.connect(str(running.path))
+        fresh.sendall(INFER)
+        return await running.server.drain(30)
+
+    with running, connect(running.path) as kept, socket.socket(socket.AF_UNIX) as fresh:
+        kept.sendall(LIVE)
+        assert answer(kept)[0] == 200
+        assert running.run(arrive_and_drain()) is True
+        for sock in (kept, fresh):
+            status, fields, _ = answer(sock)
+            assert (status, fields["connection"]) == (200, "close")
+
+
 def test_draining_ends_at_its_timeout(short_dir: Path) -> None:
     running, models = serving(short_dir / "s")
     with running, connect(running.path) as busy:
