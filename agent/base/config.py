@@ -198,7 +198,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"cannot read {path}: line {line}: not UTF-8 text") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError is one; int() raises it plain for a number of thousands of digits
         raise ConfigError(f"cannot read {path}: {_syntax(str(error))}") from error
     except RecursionError as error:
         raise ConfigError(f"cannot read {path}: nested too deeply") from error

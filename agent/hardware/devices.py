@@ -127,7 +127,7 @@ def swap(tree: Tree) -> tuple[SwapArea, ...] | None:
     for line in text.split("\n")[1:33]:
         words = line.split()
         size = number(words[2]) if len(words) >= 5 else None
-        if size is None:
+        if size is None or not words[0].isprintable():
             continue
         kind = "zram" if "/zram" in words[0] else "file" if words[1] == "file" else "disk"
         areas.append(SwapArea(words[0], kind, size // 1024))

@@ -14,7 +14,8 @@ from agent.hardware.cpuinfo import MAX_CPU
 _MEMINFO = r"(?am)^(\w+(?:\(\w+\))?):[ \t]+(\d{1,15}) kB[ \t]*$"
 _RANGE = r"(?a)(\d{1,5})(?:-(\d{1,5}))?"
 _THROTTLED = r"(?:throttled=)?(?:0x)?([0-9a-fA-F]{1,8})"
-_REV = r"(?s)\s+Rev\s+\d+(?:\.\d+)?(?:\s.*)?\Z"
+#: Looks behind, so that a long run of blanks is tried from its start only.
+_REV = r"(?s)(?<!\s)\s+Rev\s+\d+(?:\.\d+)?(?:\s.*)?\Z"
 #: v1 says "no limit" with the largest page-aligned number, which depends on the page size.
 _UNLIMITED = 1 << 60
 #: Frequency capped, throttled, soft temperature limit: now. Bit 0 is under-voltage, bits 16 and up are the past.
@@ -93,6 +94,8 @@ def cgroup_paths(text: str | None) -> dict[str, str]:
         identity, _, rest = line.partition(":")
         controllers, colon, path = rest.partition(":")
         if not colon or not (identity.isascii() and identity.isdigit()) or not path.startswith("/"):
+            continue
+        if not path.isprintable() or "\ufffd" in path:  # no file's name here: damaged, or not UTF-8
             continue
         if ".." in PurePosixPath(path).parts or path.endswith(" (deleted)") or path.count("/") > 64:
             continue

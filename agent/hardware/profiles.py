@@ -173,7 +173,7 @@ def _toml(data: bytes, origin: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ConfigError(f"cannot read profile {origin}: line {line}: not UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError is one; int() raises it plain for thousands of digits
         raise ConfigError(f"cannot read profile {origin}: {error}") from error
     except RecursionError as error:
         raise ConfigError(f"cannot read profile {origin}: nested too deeply") from error

@@ -39,7 +39,7 @@ class Fields:
         if (
             not isinstance(value, list)
             or len(value) > _LONGEST_LIST
-            or not all(isinstance(v, str) and v for v in value)
+            or not all(isinstance(v, str) and 0 < len(v) <= _LONGEST_TEXT for v in value)
         ):
             self._wrong(name, "must be a list of texts", value)
             return ()
@@ -132,5 +132,8 @@ class Fields:
         return self._left.pop(name)
 
     def _wrong(self, name: str, what: str, value: object) -> None:
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except (ValueError, RecursionError):  # a number of thousands of digits, lists a thousand deep
+            shown = "not to be shown"
         self._problems.append(f"{self._prefix}{name}: {what}, is {shown if len(shown) <= 60 else shown[:57] + '...'}")

@@ -67,9 +67,12 @@ class Tree:
         return None if data is None else data.decode("utf-8", "replace").replace("\r\n", "\n")
 
     def line(self, path: str) -> str | None:
-        """A one-value file without the white space at its ends; None when it is absent or empty."""
-        text = self.text(path)
-        return (text.strip("\0 \t\r\n") or None) if text is not None else None
+        """A one-value file without the white space at its ends; None when it is absent, empty or not printable."""
+        text = (self.text(path) or "").strip("\0 \t\r\n")
+        if not text.replace("\t", " ").isprintable():
+            self.note(f"{path}: not a line of text, ignored")
+            return None
+        return text or None
 
     def names(self, path: str, limit: int = 1024) -> tuple[str, ...]:
         """The plain printable names in a folder, at most ``limit``, shorter ones first (zone2 before zone10)."""
