@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests: all of them on the main Python, then all but the slow ones on every other Python 3.10 - 3.13 here.
+# Runs the tests: all of them on the main Python, then all but the slow ones (and fewer examples of each property) on
+# every other Python 3.10 - 3.13 here.
 #
 #   deploy/test.sh [--quick | --full] [PYTEST OPTIONS]
 #     --quick   the main Python only
@@ -21,7 +22,7 @@ for argument in "$@"; do
     --quick) scope=main ;;
     --full) scope=full ;;
     -h | --help)
-        sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
     *) options+=("$argument") ;;
@@ -35,16 +36,26 @@ want_tool systemd-nspawn systemd-container "the tests that boot the units are sk
 
 table=() # "version|runtime|outcome|seconds", a row for each run
 status=0
+ran=no # whether any test was found at all
 
-# run_tests NAME PYTHON [OPTION...]: one row of the table; pytest's output as it comes.
+# The whole suite is shared out among the cores, file by file: most of its time is waiting for processes and for fsync.
+# Not when something of pytest's was asked for: a debugger and -s want one process, and a few tests start faster so.
+parallel=()
+cores="$(nproc)"
+if [ "${#options[@]}" -eq 0 ] && [ "$cores" -gt 1 ]; then
+    parallel=(-n "$((cores < 4 ? cores : 4))" --dist loadfile)
+fi
+
+# run_tests NAME PYTHON LABEL [OPTION...]: one row of the table; pytest's output as it comes.
 run_tests() {
-    local name="$1" python="$2" log from runtime outcome code=0
-    shift 2
+    local name="$1" python="$2" label="$3" log from version runtime outcome code=0
+    shift 3
+    version="$(python_version "$python")"
     runtime="$("$python" -c 'from importlib.metadata import version; print(version("onnxruntime"))' 2>/dev/null || echo none)"
     log="$(mktemp)"
     from="$(now)"
     say ""
-    say "== Python $(python_version "$python"), ONNX Runtime $runtime"
+    say "== Python $version, ONNX Runtime $runtime, $label"
     # The colour codes of a terminal would hide the counts; a cache of its own keeps one Python's failures apart.
     "$python" -m pytest --color=no -o "cache_dir=.cache/pytest-$name" "$@" ${options[@]+"${options[@]}"} 2>&1 |
         tee "$log" || code=${PIPESTATUS[0]}
@@ -52,17 +63,31 @@ run_tests() {
     outcome="$(sed -nE 's/^=* ?(([0-9]+ [a-z]+(, )?)+) in [0-9.]+s.*$/\1/p' "$log" | tail -n 1)"
     [ -n "$outcome" ] || outcome="no result (pytest ended with $code)"
     rm -f "$log"
-    [ "$code" -eq 0 ] || status=1
-    table+=("$(python_version "$python")|$runtime|$outcome|$(elapsed "$from")")
+    # 5: nothing of what was asked for is in this part.
+    [ "$code" -eq 5 ] || ran=yes
+    [ "$code" -eq 0 ] || [ "$code" -eq 5 ] || status=1
+    table+=("$version|$runtime|$label|$outcome|$(elapsed "$from")")
+}
+
+# run_suite NAME PYTHON quick|all
+run_suite() {
+    if [ "${#parallel[@]}" -eq 0 ] && [ "$3" = all ]; then
+        run_tests "$1" "$2" all
+        return
+    fi
+    run_tests "$1" "$2" "not slow" -m "not slow" ${parallel[@]+"${parallel[@]}"}
+    # The slow ones time and kill: one after the other, with the machine to themselves.
+    [ "$3" != all ] || run_tests "$1" "$2" slow -m slow
 }
 
 ensure_venv "$ROOT/.venv" dev
 main="$(python_version .venv/bin/python)"
-run_tests main .venv/bin/python
+run_suite main .venv/bin/python all
 
 if [ "$scope" != main ]; then
-    slow=(-m "not slow")
-    [ "$scope" != full ] || slow=()
+    part=quick
+    [ "$scope" != full ] || part=all
+    [ "$scope" = full ] || export EDGE_AGENT_TEST_EXAMPLES="${EDGE_AGENT_TEST_EXAMPLES:-25}"
     seen=" ${main%.*} "
     while read -r python; do
         version="$(python_version "$python")"
@@ -76,25 +101,30 @@ if [ "$scope" != main ]; then
         seen+="$short "
         # In a subshell: what ends the set-up of one Python must not end the run.
         if (ensure_venv "$ROOT/.cache/venvs/py$short" test "$python"); then
-            run_tests "py$short" ".cache/venvs/py$short/bin/python" ${slow[@]+"${slow[@]}"}
+            run_suite "py$short" ".cache/venvs/py$short/bin/python" "$part"
         else
             status=1
-            table+=("$version|none|cannot be set up|0")
+            table+=("$version|none|set-up|cannot be set up|0")
         fi
     done < <(pythons)
 fi
 
+if [ "$ran" = no ] && [ "$status" -eq 0 ]; then
+    warn "no test was found"
+    status=5
+fi
 say ""
-printf '%-10s %-12s %9s  %s\n' Python runtime seconds result
+printf '%-10s %-12s %-9s %9s  %s\n' Python runtime tests seconds result
 for row in "${table[@]}"; do
-    IFS='|' read -r version runtime outcome seconds <<<"$row"
-    printf '%-10s %-12s %9s  %s\n' "$version" "$runtime" "$seconds" "$outcome"
+    IFS='|' read -r version runtime label outcome seconds <<<"$row"
+    printf '%-10s %-12s %-9s %9s  %s\n' "$version" "$runtime" "$label" "$seconds" "$outcome"
 done
 # All runs together, in pytest's words; the last line.
 printf '%s\n' "${table[@]}" | awk -F'|' -v status="$status" '
-    { count = split($3, parts, ", ")
+    { seen[$1]; count = split($4, parts, ", ")
       for (i = 1; i <= count; i++) if (split(parts[i], part, " ") == 2 && part[1] + 0 > 0) sum[part[2]] += part[1] }
     END { printf "%d passed, %d failed", sum["passed"], sum["failed"] + sum["error"] + sum["errors"]
           if (sum["skipped"]) printf ", %d skipped", sum["skipped"]
-          printf " (%d Python%s)%s\n", NR, NR == 1 ? "" : "s", status ? ": FAILED" : "" }'
+          for (python in seen) pythons++
+          printf " (%d Python%s)%s\n", pythons, pythons == 1 ? "" : "s", status ? ": FAILED" : "" }'
 exit "$status"

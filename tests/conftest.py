@@ -16,8 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # Before anything imports ONNX Runtime: some tests use it directly, and it would write to the home folder.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-# A busy machine is no failure: no example has a deadline, and generation may be slow.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# A busy machine is no failure: no example has a deadline, and generation may be slow. deploy/test.sh asks for fewer
+# examples on every Python but the main one: there the question is the interpreter, not the property.
+settings.register_profile(
+    "patient",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=int(os.environ.get("EDGE_AGENT_TEST_EXAMPLES", "100")),
+)
 settings.load_profile("patient")
 
 
