@@ -136,23 +136,23 @@ def encode_json(document: Any) -> bytes:
 
 def encode_parameters(parameters: Mapping[str, Any]) -> str:
     """A flat mapping as a JSON object. Every answer has one, and the general encoder takes three times as long."""
-    parts = []
-    for name, value in parameters.items():
-        kind = type(value)
-        if kind is str:
-            text = encode_text(value)
-        elif kind is int:
-            text = str(value)
-        elif kind is bool:
-            text = "true" if value else "false"
-        else:
-            text = _encode(value)
-        parts.append(f"{encode_text(name)}:{text}")
+    parts = [
+        _remembered_pair(name, value)
+        if type(value) in _REMEMBERED
+        else f"{encode_text(name)}:{value if type(value) is int else _encode(value)}"
+        for name, value in parameters.items()
+    ]
     return "{" + ",".join(parts) + "}"
 
 
 #: A text as JSON; the same few come again and again.
 encode_text: Callable[[str], str] = functools.lru_cache(maxsize=256)(_encode)
+_REMEMBERED = frozenset((str, bool))
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _remembered_pair(name: str, value: object) -> str:
+    return f"{encode_text(name)}:{_encode(value)}"
 
 
 def json_response(document: Any, status: int = 200) -> Response:

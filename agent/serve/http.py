@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 from agent.base.errors import AgentError, DeadlineError, RefusedError, TryLaterError
 from agent.serve.access import Peer
 from agent.serve.exchange import NDJSON, Request, Response, error_answer, event_line, last_line, response_head
-from agent.serve.framing import Head, HeadReader, ProtocolError, RequestParser
+from agent.serve.framing import Head, HeadReader, ProtocolError, RequestParser, too_large
 from agent.serve.limits import Ledger, Limits
 from agent.serve.routes import Match, RouteTable, require
 from agent.serve.stream import READ_BYTES, Stream
@@ -162,7 +162,9 @@ class Connection:
         return True
 
     def _take(self, data: bytes) -> None:
-        if self._phase in ("idle", "head", "body"):
+        if self._phase == "idle" and not self._parser.pending and (whole := self._parser.whole(data)) is not None:
+            self._take_whole(*whole)
+        elif self._phase in ("idle", "head", "body"):
             self._parser.feed(data)
             self._advance()
         elif self._phase == "linger":
@@ -176,6 +178,24 @@ class Connection:
                 self._parser.feed(data)
             else:
                 self._keep_alive = False
+
+    def _take_whole(self, head: Head, body: bytes) -> None:
+        """The short way of a request that came in one read. A refusal needs no more bytes, so the connection stays."""
+        self._cut_at = time.monotonic() + self._limits.request_s
+        self._head = head
+        self._keep_alive = head.keep_alive
+        try:
+            limit = self._body_limit(self._admit(head))
+        except AgentError as error:
+            self._refusal = error
+        else:
+            if len(body) > limit:
+                self._refuse(too_large(len(body), limit))
+                return
+        self._handle(body)
+
+    def _body_limit(self, match: Match) -> int:
+        return self._limits.body_bytes if match.route.body_bytes is None else match.route.body_bytes
 
     def _end_of_input(self) -> None:
         """The peer sends no more. It may still want its answers, unless it is gone altogether."""
@@ -214,13 +234,14 @@ class Connection:
         if self._phase == "idle":
             if not self._eof:
                 self._stream.resume()
-            self._advance()
+            if self._parser.pending:
+                self._advance()
+            elif self._eof:
+                self.abort()
 
     def _step(self) -> bool:
         """One request further; False when more bytes, or the handler, must be waited for."""
         if self._phase == "idle":
-            if not self._parser.pending:
-                return False
             self._phase = "head"
             self._cut_at = time.monotonic() + self._limits.request_s
         if self._phase == "head":
@@ -234,7 +255,7 @@ class Connection:
         if body is None:
             return False
         self._handle(body)
-        return self._is_idle()
+        return self._is_idle() and self._parser.pending > 0
 
     def _is_idle(self) -> bool:
         return self._phase == "idle"
@@ -245,15 +266,12 @@ class Connection:
         self._keep_alive = head.keep_alive
         limit = READ_BYTES
         try:
-            match = self._match = self._admit(head)
+            limit = self._body_limit(self._admit(head))
         except AgentError as error:
             # A short body is read to its end, so that the connection survives; a long one is not worth it.
             if head.chunked or (head.length or 0) > READ_BYTES or head.expects_continue:
                 raise
             self._refusal = error
-        else:
-            route = match.route
-            limit = self._limits.body_bytes if route.body_bytes is None else route.body_bytes
         self._parser.start_body(limit, self._reserve)
         self._phase = "body"
         if head.expects_continue and (head.chunked or head.length) and not self._parser.pending:
@@ -263,7 +281,7 @@ class Connection:
         rights = self._owner.rights(self.peer)
         if not rights:
             raise RefusedError("cannot serve this user: no right on this socket")
-        match = self._owner.table.match(head.method, head.target)
+        match = self._match = self._owner.table.match(head.method, head.target)
         route = match.route
         require(route, rights)
         if route.admit is not None:

@@ -289,6 +289,27 @@ def test_any_split_gives_the_same_requests(data: bytes, cuts: list[int]) -> None
     assert parse(pieces) == parse([data])
 
 
+@given(streams)
+def test_the_short_way_gives_what_the_long_way_gives(data: bytes) -> None:
+    reader = HeadReader(LIMITS)
+    expected = parse([data], reader=reader)  # remembers the heads
+    short = RequestParser(reader).whole(data)
+    if short is not None:
+        head, body = short
+        assert expected == [(f"{head.method} {head.target}", tuple(sorted(head.fields.items())), body)]
+
+
+def test_the_short_way_is_taken_for_what_apps_send() -> None:
+    reader = HeadReader(LIMITS)
+    assert RequestParser(reader).whole(GOOD) is None  # never seen before
+    parse([GOOD], reader=reader)
+    head, body = RequestParser(reader).whole(GOOD) or (None, b"")
+    assert head is not None
+    assert (head.target, body) == ("/a", b"abc")
+    for other in (GOOD + b"x", GOOD[:-1], b"\r\n" + GOOD, CHUNKED):
+        assert RequestParser(reader).whole(other) is None
+
+
 @given(st.binary(max_size=4096), st.lists(st.integers(1, 500), min_size=1, max_size=40))
 def test_a_body_survives_any_chunking(body: bytes, sizes: list[int]) -> None:
     coded, rest = b"", body

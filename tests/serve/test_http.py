@@ -268,6 +268,19 @@ def test_a_refused_request_ends_its_connection_and_the_next_is_served(served: Se
     assert ask(served[0].path, INFER)[0] == 200
 
 
+def test_a_body_over_the_limit_is_refused_alike_however_it_comes(short_dir: Path) -> None:
+    running, _ = serving(short_dir / "s", body_bytes=100)
+    request = post("/v2/models/double/infer", b"a" * 200)
+    with running:
+        first = ask(running.path, request)
+        assert (first[0], first[2]) == (413, True)
+        assert ask(running.path, request) == first  # now its head is remembered
+        with connect(running.path) as sock:
+            sock.sendall(request[:40])
+            sock.sendall(request[40:])
+            assert answer(sock)[0] == 413
+
+
 def test_a_large_body_for_an_unknown_model_is_refused_before_it_is_sent(served: Served) -> None:
     head = b"POST /v2/models/nope/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 50000000\r\n\r\n"
     with connect(served[0].path) as sock:
