@@ -26,6 +26,7 @@ from agent.selection.criteria import (
     QualityValue,
     compare_latency,
     contestants,
+    far_behind,
     give_qualities,
     limits_broken,
 )
@@ -159,9 +160,8 @@ def _reasons(
     return (f"{first} after a tie in {', '.join(alike)}" if alike else first,)
 
 
-#: Rounds before anything is decided; how far behind the fastest a candidate must surely be to run no more.
-FEWEST_ROUNDS = 9
-FAR_BEHIND = 1.25
+#: Rounds before anything is decided.
+FEWEST_ROUNDS = 11
 #: Share of the latency limit below which a 95th percentile will not come to exceed it by mere noise.
 WELL_WITHIN = 0.8
 
@@ -182,19 +182,13 @@ def contenders(policy: Policy, measurements: Sequence[Measurement], priors: Sequ
     if not safe:
         return frozenset(entry.id for entry in left)
     if policy.prefer in ("latency", "energy"):
-        stay = [entry for entry in left if not _far_behind(entry, safe)]
+        timed = [entry.measurement for entry in safe if entry.measurement.p50_ms]
+        fastest = min(timed, key=lambda m: (m.p50_ms or 0, m.candidate_id), default=None)
+        stay = [entry for entry in left if fastest is None or not far_behind(entry.measurement, fastest)]
     else:
         beaten_by_none = STEPS[policy.prefer]
         stay = [entry for entry in left if entry in (beaten_by_none([*safe, entry]) or left)]
     return frozenset(entry.id for entry in stay)
-
-
-def _far_behind(entry: Contestant, safe: Sequence[Contestant]) -> bool:
-    timed = [other for other in safe if other.measurement.p50_ms]
-    if not timed or not entry.measurement.p50_ms:
-        return False
-    fastest = min(timed, key=lambda other: (other.measurement.p50_ms or 0, other.rank, other.id))
-    return compare_latency(entry.measurement, fastest.measurement).low >= FAR_BEHIND
 
 
 def more_rounds_needed(

@@ -32,6 +32,8 @@ MEMORY_FLOOR, MEMORY_FLOOR_MB = 0.03, 1.0
 ENERGY_FLOOR = 0.04
 #: A quality is compared as measured or declared; only what rounding would swallow is a tie.
 QUALITY_FLOOR = 0.001
+#: How many times as long as the fastest a candidate must surely take to be measured no more.
+FAR_BEHIND = 1.25
 
 QualitySource = Literal["declared", "measured"]
 
@@ -149,10 +151,32 @@ def _latency_step(entries: list[Contestant]) -> list[Contestant] | None:
         if not entry.measurement.p50_ms:
             entry.unknown.append("its latency is not known")
             continue
-        seen = compare_latency(entry.measurement, best.measurement)
-        if _note(entry, best, Gap("latency", best.id, seen.ratio - 1, seen.noise, seen.rounds)):
+        other, seen = _clearest(entry, best, timed)
+        if _note(entry, other, Gap("latency", other.id, seen.ratio - 1, seen.noise, seen.rounds)):
             stayed.append(entry)
     return stayed
+
+
+def _clearest(entry: Contestant, best: Contestant, timed: Sequence[Contestant]) -> tuple[Contestant, Comparison]:
+    """``entry`` against ``best``, or against another one that it is surely far behind where ``best`` leaves it open.
+
+    A trial drops who is far behind. Such a candidate shares few rounds with a best that shows only later, and must not
+    come back for want of rounds.
+    """
+    seen = compare_latency(entry.measurement, best.measurement)
+    if seen.tie:
+        for other in timed:
+            if far_behind(entry.measurement, other.measurement):
+                return other, compare_latency(entry.measurement, other.measurement)
+    return best, seen
+
+
+def far_behind(mine: Measurement, other: Measurement) -> bool:
+    """Whether ``mine`` surely takes ``FAR_BEHIND`` times as long as ``other``; not when one of them was never timed."""
+    if not mine.p50_ms or not other.p50_ms:
+        return False
+    seen = compare_latency(mine, other)
+    return seen.low >= FAR_BEHIND and not seen.tie
 
 
 def compare_latency(mine: Measurement, other: Measurement) -> Comparison:
@@ -171,18 +195,19 @@ def _energy_step(entries: list[Contestant]) -> list[Contestant] | None:
     sources = {entry.measurement.energy_source for entry in entries}
     if len(sources) != 1 or not all(entry.measurement.joules and entry.measurement.p50_ms for entry in entries):
         return None
-    best = min(entries, key=lambda e: (e.measurement.joules or 0, e.rank, e.id))
+    ordered = sorted(entries, key=lambda e: (e.measurement.joules or 0, e.rank, e.id))
 
-    def gap(entry: Contestant) -> Gap:
-        seen = compare_latency(entry.measurement, best.measurement)
+    def compare(entry: Contestant) -> tuple[Contestant, Gap]:
+        best, seen = _clearest(entry, ordered[0], ordered)
         # An estimate is watts x time: its noise is the latency's, and the watts' ratio is exact. A sensor integrates
         # over the same time, with a resolution of its own.
         if sources == {"estimated"}:
-            return Gap("energy", best.id, seen.ratio * _watts(entry) / _watts(best) - 1, seen.noise, seen.rounds)
+            worse_by = seen.ratio * _watts(entry) / _watts(best) - 1
+            return best, Gap("energy", best.id, worse_by, seen.noise, seen.rounds)
         worse_by = (entry.measurement.joules or 0) / (best.measurement.joules or 1) - 1
-        return Gap("energy", best.id, worse_by, max(ENERGY_FLOOR, seen.noise), seen.rounds)
+        return best, Gap("energy", best.id, worse_by, max(ENERGY_FLOOR, seen.noise), seen.rounds)
 
-    return [entry for entry in entries if _note(entry, best, gap(entry))]
+    return [entry for entry in entries if _note(entry, *compare(entry))]
 
 
 def _watts(entry: Contestant) -> float:

@@ -14,6 +14,14 @@ from agent.hardware.facts import Facts
 
 #: What ONNX Runtime's release for the oldest supported Python is: assumed where nothing can be asked.
 ASSUMED_ONNX_VERSION = "1.23.2"
+#: TFLite by architecture: LiteRT has wheels for 64-bit machines, its predecessor the last one for 32-bit ARM.
+ASSUMED_TFLITE: Mapping[str, str] = MappingProxyType(
+    {
+        "aarch64": "2.3.0 (ai-edge-litert)",
+        "x86_64": "2.3.0 (ai-edge-litert)",
+        "armv7l": "2.14.0 (tflite-runtime)",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +75,12 @@ class InstalledRuntime:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeInventory:
-    """Runtimes by name. ``absent`` tells why one is not there; ``assumed``: nobody looked."""
+    """Runtimes by name. ``absent`` tells why one cannot be used (may be empty), ``broken`` names those that are
+    installed all the same; ``assumed``: nobody looked."""
 
     runtimes: Mapping[str, InstalledRuntime] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
+    broken: Collection[str] = ()
     assumed: bool = False
 
     def get(self, runtime: str) -> InstalledRuntime | None:
@@ -90,8 +100,15 @@ def effective_arch(facts: Facts) -> str | None:
     return facts.arch
 
 
+def install_hint(runtime: str, facts: Facts) -> str:
+    """The command that installs a runtime on that machine, or what can be had in its place."""
+    if effective_arch(facts) == "armv7l":  # the one runtime that is published for it
+        return "pip install 'edge-agent[tflite]'"
+    return f"pip install 'edge-agent[{'litert' if runtime == 'tflite' else runtime}]'"
+
+
 def assumed_inventory(
-    facts: Facts, providers: Sequence[str], runtimes: Collection[str] = ("onnx",)
+    facts: Facts, providers: Sequence[str], runtimes: Collection[str] = ("onnx", "tflite")
 ) -> RuntimeInventory:
     """What an installation on a recorded board would have: ``providers`` is the profile's order, ``runtimes`` what the
     agent supports. Providers that need an accelerator are assumed only where the board has it."""
@@ -106,4 +123,8 @@ def assumed_inventory(
         present["onnx"] = InstalledRuntime(ASSUMED_ONNX_VERSION, tuple(ordered))
     elif "onnx" in runtimes:
         absent["onnx"] = f"it is not published for {arch or 'an unknown architecture'}"
+    if "tflite" in runtimes and (version := ASSUMED_TFLITE.get(arch or "")) is not None:
+        present["tflite"] = InstalledRuntime(version, (CPU_PROVIDER["tflite"],))
+    elif "tflite" in runtimes:
+        absent["tflite"] = f"it is not published for {arch or 'an unknown architecture'}"
     return RuntimeInventory(present, absent, assumed=True)

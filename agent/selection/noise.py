@@ -6,7 +6,7 @@ one process), and the uncertainty of the median of the round-by-round ratios, wh
 
 The uncertainty is distribution-free: the sign-test interval of the median, made of order statistics of the log ratios
 (W. R. Thompson 1936; David and Nagaraja, "Order Statistics", 7.1). It holds for heavy tails, drift common to both and
-bursts, asks for no normal distribution, and at ``LEVEL`` errs once in a hundred comparisons of equal candidates even
+bursts, asks for no normal distribution, and at ``LEVEL`` errs once in a thousand comparisons of equal candidates even
 where the floor does not already absorb it.
 """
 
@@ -25,9 +25,9 @@ FLOOR_MS = 0.002
 #: Across sessions nothing cancels: another temperature, another clock, other neighbours.
 UNPAIRED_FLOOR = 0.10
 #: Two-sided confidence of the interval around the median ratio.
-LEVEL = 0.99
-#: Fewer rounds than this cannot give an interval of that level (2 * 0.5**8 = 0.008).
-ROUNDS_FOR_LEVEL = 8
+LEVEL = 0.999
+#: Fewer rounds than this cannot give an interval of that level (2 * 0.5**11 = 0.001).
+ROUNDS_FOR_LEVEL = 11
 
 
 @dataclass(frozen=True, slots=True)

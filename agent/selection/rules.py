@@ -252,7 +252,8 @@ def _runtime(case: _Case) -> _Findings:
     runtime, installed, inventory = case.variant.runtime, case.installed, case.inventory
     if installed is None:
         why = inventory.absent.get(runtime)
-        yield f"the runtime {runtime} is not installed{f': {why}' if why else ''}"
+        state = "does not work here" if runtime in inventory.broken else "is not installed"
+        yield f"the runtime {runtime} {state}{f': {why}' if why else ''}"
         return
     if inventory.assumed:
         yield _Note(f"assumes {runtime} {installed.version} with {', '.join(installed.providers)}")

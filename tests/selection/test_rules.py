@@ -14,7 +14,13 @@ from agent.bundles.manifest import Manifest
 from agent.hardware.facts import FEATURES, Accelerator, Facts
 from agent.hardware.probe import probe
 from agent.hardware.profiles import Profile, choose_profile, load_profiles, shipped_profiles_dir
-from agent.selection.inventory import PROVIDERS, InstalledRuntime, RuntimeInventory, assumed_inventory
+from agent.selection.inventory import (
+    PROVIDERS,
+    InstalledRuntime,
+    RuntimeInventory,
+    assumed_inventory,
+    install_hint,
+)
 from agent.selection.rules import Verdict, accepted, candidates, estimated_need_mb, memory_headroom_mb
 
 from .parts import CPU, CUDA, DYNAMIC, INSTALLED, STATIC, TENSORRT, arm, facts, manifest, variant
@@ -91,6 +97,34 @@ def test_a_runtime_that_is_missing_old_or_described_by_nonsense() -> None:
     assert "needs onnx >=1.99" in reasons(facts(), requires={"runtime_version": ">=1.99"})
     assert "cannot be read: 'newest' is not" in reasons(facts(), requires={"runtime_version": "newest"})
     assert reasons(facts(), runtime="tflite") == "the runtime tflite is not installed"
+
+
+def test_a_runtime_that_is_there_and_does_not_work_says_why() -> None:
+    why = "tflite-runtime: it was built for numpy 1, numpy 2.4.6 is installed"
+    inventory = RuntimeInventory(absent={"tflite": why, "onnx": ""}, broken=["tflite"])
+    assert reasons(facts(), inventory, runtime="tflite") == f"the runtime tflite does not work here: {why}"
+    assert reasons(facts(), inventory) == "the runtime onnx is not installed"
+
+
+def test_tflite_runs_on_the_cpu_beside_onnx_and_alone_where_nothing_else_is_published() -> None:
+    bundle = manifest(variant("fp32"), variant("lite", runtime="tflite"))
+    both = judge(bundle, arm(), assumed_inventory(arm(), (CPU,)))
+    assert {name: verdict.accepted for name, verdict in both.items()} == {f"fp32@{CPU}": True, "lite@cpu": True}
+    machine = arm(arch="armv7l", user_bits=32)
+    inventory = assumed_inventory(machine, (CPU,))
+    alone = judge(bundle, machine, inventory)
+    assert {name: verdict.accepted for name, verdict in alone.items()} == {f"fp32@{CPU}": False, "lite@cpu": True}
+    assert alone["lite@cpu"].notes == ("assumes tflite 2.14.0 (tflite-runtime) with cpu",)
+    newest = manifest(variant("lite", runtime="tflite", requires={"runtime_version": ">=2.15"}))
+    refused = judge(newest, machine, inventory)["lite@cpu"]
+    assert refused.reasons == ("needs tflite >=2.15, 2.14.0 (tflite-runtime) is assumed",)
+
+
+def test_what_to_install_depends_on_the_machine() -> None:
+    assert install_hint("onnx", facts()) == "pip install 'edge-agent[onnx]'"
+    assert install_hint("tflite", arm()) == "pip install 'edge-agent[litert]'"
+    for runtime in ("onnx", "tflite"):
+        assert install_hint(runtime, arm(user_bits=32)) == "pip install 'edge-agent[tflite]'"
 
 
 def test_memory_is_what_is_free_not_what_is_built_in() -> None:
