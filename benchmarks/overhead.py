@@ -4,8 +4,8 @@ All figures are ratios inside one run, of rounds that are interleaved, so that a
 
 small     p50 of a binary request of 16 floats, beside a stock asyncio ``Protocol`` that echoes the same bytes in a
           process of its own, plus the run in this process; and its p99 beside its own p50.
-large     p50 of 1x3x640x640 fp32 in the body, beside the run in this process plus two copies: the one into the kernel
-          and the one out of it, as a stock asyncio ``BufferedProtocol`` in another process has them.
+large     p50 of 1x3x640x640 fp32 in the body, beside the run in this process plus two copies: one into the kernel and
+          one out of it, made by a pair of sockets in one thread, with nobody to be woken.
 clients   throughput of 8 clients on a MobileNet-class model beside the same session run back to back in this process,
           with the same threads: one fewer than cores.
 
@@ -241,38 +241,6 @@ def echo(folder: Path) -> None:
     asyncio.run(main())
 
 
-def sink(folder: Path) -> None:
-    """The least that takes a tensor with two copies: a stock asyncio ``BufferedProtocol``, memory that is there.
-
-    The first 8 bytes say how many come each time; one byte answers them.
-    """
-
-    class Sink(asyncio.BufferedProtocol):
-        def connection_made(self, transport: Any) -> None:
-            self.transport = transport
-            self.memory = memoryview(bytearray(8))
-            self.got, self.sized = 0, False
-
-        def get_buffer(self, sizehint: int) -> memoryview:
-            return self.memory[self.got :]
-
-        def buffer_updated(self, nbytes: int) -> None:
-            self.got += nbytes
-            if self.got < len(self.memory):
-                return
-            self.got = 0
-            if self.sized:
-                self.transport.write(b".")
-            else:
-                self.memory, self.sized = memoryview(bytearray(int.from_bytes(self.memory, "little"))), True
-
-    async def main() -> None:
-        await asyncio.get_running_loop().create_unix_server(Sink, str(folder / "sink.sock"))
-        await _until_input_ends()
-
-    asyncio.run(main())
-
-
 async def _until_input_ends() -> None:
     print("ready", flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
@@ -280,9 +248,9 @@ async def _until_input_ends() -> None:
 
 @contextlib.contextmanager
 def others(folder: Path, engine: str, loop: str) -> Iterator[None]:
-    """The three processes above, ready."""
+    """The two processes above, ready."""
     started = []
-    for part in ("serve", "echo", "sink"):
+    for part in ("serve", "echo"):
         command = [
             sys.executable,
             __file__,
@@ -405,27 +373,36 @@ def measure_small(model: Model, folder: Path, rounds: int) -> dict[str, float]:
 def measure_large(model: Model, folder: Path, rounds: int) -> dict[str, float]:
     """The row on a large body."""
     parts = request_parts(model)
-    copy = np.empty_like(model.sample)
-    with connect(folder / "infer.sock") as served, connect(folder / "sink.sock") as taken:
-        taken.send(len(parts[1]).to_bytes(8, "little"))
-
-        def transfer() -> None:
-            taken.sendall(parts[1])
-            taken.recv(1)
-
+    warm = np.empty_like(model.sample)
+    with connect(folder / "infer.sock") as served:
         samples = interleaved(
             {
                 "served": lambda: ask(served, parts),
-                "transfer": transfer,
+                "two_copies": two_copies(parts[1]),
                 "in_process": lambda: model.run(model.sample),
-                "memcpy": lambda: np.copyto(copy, model.sample),
+                "memcpy": lambda: np.copyto(warm, model.sample),
             },
             rounds,
             10,
         )
     found = {f"{name}_p50_us": statistics.median(values) for name, values in samples.items()}
-    found["large_ratio"] = found["served_p50_us"] / (found["in_process_p50_us"] + found["transfer_p50_us"])
+    found["large_ratio"] = found["served_p50_us"] / (found["in_process_p50_us"] + found["two_copies_p50_us"])
     return found
+
+
+def two_copies(data: memoryview) -> Callable[[], None]:
+    """``data`` into the kernel and out of it by a pair of sockets in this thread, 64 KiB at a time."""
+    there, here = socket.socketpair(socket.AF_UNIX)
+    memory = memoryview(bytearray(len(data)))
+
+    def copy() -> None:
+        for start in range(0, len(data), 65536):
+            there.send(data[start : start + 65536])
+            got = start
+            while got < min(start + 65536, len(data)):
+                got += here.recv_into(memory[got : start + 65536])
+
+    return copy
 
 
 def measure_clients(model: Model, folder: Path, rounds: int, seconds: float) -> dict[str, float]:
@@ -536,13 +513,13 @@ def main() -> None:
     parser.add_argument("--only", choices=("small", "large", "clients"))
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
     parser.add_argument("--seconds", type=float, default=1.5, help="of each part of a round with eight clients")
-    parser.add_argument("--part", choices=("serve", "echo", "sink"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("serve", "echo"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part == "serve":
         serve(options.folder, options.engine, options.loop)
-    elif options.part:
-        {"echo": echo, "sink": sink}[options.part](options.folder)
+    elif options.part == "echo":
+        echo(options.folder)
     else:
         with tempfile.TemporaryDirectory(prefix="ea-bench-") as folder:
             made = report(options, Path(folder))

@@ -162,6 +162,19 @@ class Server:
         if self._empty is not None and not self._connections:
             self._empty.set()
 
+    def metrics(self) -> list[str]:
+        """Prometheus lines of this socket: answers by route, connections, bytes in memory."""
+        lines = ["# TYPE edge_agent_http_answers_total counter"]
+        for (pattern, status), count in sorted(self.answers.items()):
+            lines.append(f'edge_agent_http_answers_total{{route="{pattern}",status="{status}"}} {count}')
+        for name, kind, value in (
+            ("connections", "gauge", self.ledger.connections),
+            ("buffered_bytes", "gauge", self.ledger.bytes),
+            ("connections_refused_total", "counter", self.refused),
+        ):
+            lines += [f"# TYPE edge_agent_http_{name} {kind}", f"edge_agent_http_{name} {value}"]
+        return lines
+
     # Time and end.
 
     def _expire(self) -> None:

@@ -245,6 +245,22 @@ def test_a_process_out_of_descriptors_serves_again_when_it_has_some(short_dir: P
         waiting.close()
 
 
+def test_a_socket_tells_what_it_answered(short_dir: Path) -> None:
+    running, _ = serving(short_dir / "s", connections_per_uid=1)
+    with running:
+        with connect(running.path) as sock:
+            for target in ("/v2/models/double", "/v2/models/nope", "/nowhere"):
+                sock.sendall(get(target))
+                answer(sock)
+            assert ask(running.path, LIVE)[0] == 503
+            lines = running.look(running.server.metrics)
+        assert 'edge_agent_http_answers_total{route="/v2/models/{model}",status="200"} 1' in lines
+        assert 'edge_agent_http_answers_total{route="/v2/models/{model}",status="404"} 1' in lines
+        assert 'edge_agent_http_answers_total{route="",status="404"} 1' in lines
+        assert "edge_agent_http_connections 1" in lines
+        assert "edge_agent_http_connections_refused_total 1" in lines
+
+
 # Draining.
 
 
