@@ -26,7 +26,7 @@ from agent.base.errors import (
     UnsupportedError,
 )
 from agent.serve.access import Peer
-from agent.serve.framing import ProtocolError
+from agent.serve.heads import ProtocolError
 
 Part = bytes | bytearray | memoryview
 

@@ -17,7 +17,8 @@ from typing import Any, Literal, Protocol
 from agent.base.errors import AgentError, DeadlineError, RefusedError, TryLaterError
 from agent.serve.access import Peer
 from agent.serve.exchange import NDJSON, Request, Response, error_answer, event_line, last_line, response_head
-from agent.serve.framing import Head, HeadReader, ProtocolError, RequestParser, too_large
+from agent.serve.framing import RequestParser
+from agent.serve.heads import Head, HeadReader, ProtocolError, too_large
 from agent.serve.limits import Ledger, Limits
 from agent.serve.routes import Match, RouteTable, require
 from agent.serve.stream import READ_BYTES, Stream

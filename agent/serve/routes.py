@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes
 from agent.base.errors import NotFoundError, RefusedError
 from agent.serve.access import Peer
 from agent.serve.exchange import Request, Response
-from agent.serve.framing import ProtocolError
+from agent.serve.heads import ProtocolError
 
 Handler = Callable[[Request], "Response | Awaitable[Response]"]
 

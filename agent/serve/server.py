@@ -22,7 +22,7 @@ from agent.base.errors import ConflictError, TryLaterError
 from agent.base.files import exclusive_lock
 from agent.serve.access import Peer, infer_rights, peer_of
 from agent.serve.exchange import error_answer, response_head
-from agent.serve.framing import HeadReader
+from agent.serve.heads import HeadReader
 from agent.serve.http import Connection
 from agent.serve.limits import Ledger, Limits
 from agent.serve.routes import Match, RouteTable
