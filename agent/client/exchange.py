@@ -7,6 +7,7 @@ and repeats alike.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from agent.base.errors import (
 HEAD_BYTES = 16384
 #: Parts up to this size are cheaper to join than to send apart.
 SMALL_BYTES = 65536
+#: Memory for an answer is taken when its length is announced; no model's outputs come near this.
+MAX_ANSWER_BYTES = 1 << 30
 #: Connections kept for later calls.
 KEPT = 8
 #: A full queue of the listening socket refuses at once (unix(7)); tried again after this pause.
@@ -67,11 +70,10 @@ class Answer:
 
     def document(self) -> Any:
         """The JSON body. Raises the error that the status stands for."""
-        header = self.fields.get(LENGTH_FIELD)
-        data = self.body[: int(header)] if header else self.body
+        data = self.body[: _count(self.fields, LENGTH_FIELD, len(self.body))]
         try:
             document = json.loads(str(data, "utf-8")) if data else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise AgentError(f"cannot read the agent's answer: {error}") from error
         raise_for(self.status, document)
         return document
@@ -132,11 +134,9 @@ def exchange(parts: list[Part], on_line: Callable[[bytes], None] | None = None) 
     if fields.get("transfer-encoding", "").lower() == "chunked":
         body = yield from _chunks(bytes(rest), on_line)
         return Answer(status, fields, memoryview(body), keep)
-    try:
-        length = int(fields["content-length"])
-        lead = int(fields.get(LENGTH_FIELD, 0))
-    except (KeyError, ValueError) as error:
-        raise AgentError("cannot read the agent's answer: no length") from error
+    length, lead = _count(fields, "content-length"), _count(fields, LENGTH_FIELD, 0)
+    if length > MAX_ANSWER_BYTES:
+        raise AgentError(f"cannot read the agent's answer: {length} bytes announced")
     if len(rest) > length:
         raise AgentError("cannot read the agent's answer: longer than its length")
     pad = -lead % 16  # malloc aligns to 16: what follows the JSON part is then aligned too
@@ -169,13 +169,23 @@ def _receive(room: memoryview, *, sent: bool, first: bool) -> Generator[Step, in
 def _head(data: bytes) -> tuple[int, int, dict[str, str]]:
     lines = data.decode("latin-1").split("\r\n")
     words = lines[0].split(" ", 2)
-    if len(words) < 2 or words[0] not in ("HTTP/1.1", "HTTP/1.0") or not words[1].isdigit():
+    if len(words) < 2 or words[0] not in ("HTTP/1.1", "HTTP/1.0") or not re.fullmatch("[1-9][0-9][0-9]", words[1]):
         raise AgentError("cannot read the agent's answer: not HTTP")
     fields = {}
     for line in lines[1:]:
         name, _, value = line.partition(":")
         fields[name.strip().lower()] = value.strip()
     return int(words[1]), int(words[0][-1]), fields
+
+
+def _count(fields: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """A field of digits; ``default`` where it is missing. AgentError."""
+    value = fields.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None or not re.fullmatch("[0-9]{1,18}", value):
+        raise AgentError(f"cannot read the agent's answer: {name} missing or no number")
+    return int(value)
 
 
 def _chunks(data: bytes, on_line: Callable[[bytes], None] | None) -> Generator[Step, int, bytes]:

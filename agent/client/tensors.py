@@ -120,13 +120,13 @@ def infer_result(answer: Answer) -> Result:
     """Arrays out of the answer to an infer request. Raises what its status stands for."""
     document = answer.document()
     try:
-        offset = int(answer.fields.get(LENGTH_FIELD, len(answer.body)))
+        offset = int(answer.fields.get(LENGTH_FIELD, len(answer.body)))  # digits, as document() has found
         outputs: dict[str, NDArray[Any]] = {}
         for entry in document["outputs"]:
             size = entry["parameters"]["binary_data_size"]
             outputs[entry["name"]] = _from_wire(entry["datatype"], entry["shape"], answer.body[offset : offset + size])
             offset += size
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise AgentError(f"cannot read the agent's answer: {error!r}") from error
     return Result(outputs, document)
 
