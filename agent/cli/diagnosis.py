@@ -37,7 +37,7 @@ def _without_core(paths: Paths) -> list[health.Finding]:
     return [
         *health.check_device(device),
         *health.check_folder(paths.state_dir),
-        *health.check_runtimes(Runtimes().states()),
+        *health.check_runtimes(Runtimes().states(), device.facts),
         *health.check_confinement(),
         *health.check_swap(device.facts, locked=False),
     ]

@@ -260,7 +260,7 @@ class Core:
         checks: list[Callable[[], list[health.Finding]]] = [
             lambda: health.check_device(self._device),
             lambda: health.check_store(self._store),
-            lambda: health.check_runtimes(self._runtimes.states()),
+            lambda: health.check_runtimes(self._runtimes.states(), self._device.facts),
             health.check_confinement,
             lambda: health.check_swap(self._device.facts, locked=self._locked),
             lambda: health.check_clock(time.gmtime().tm_year),

@@ -62,5 +62,6 @@ def inventory_of(runtimes: Runtimes) -> RuntimeInventory:
     states = runtimes.states().values()
     return RuntimeInventory(
         {state.name: InstalledRuntime(state.version, state.providers) for state in states if state.usable},
-        {state.name: state.reason for state in states if not state.usable},
+        absent={state.name: state.reason if state.installed else "" for state in states if not state.usable},
+        broken=[state.name for state in states if state.installed and not state.usable],
     )

@@ -16,6 +16,7 @@ from agent.core.device import Device
 from agent.hardware.facts import Facts
 from agent.infer.landlock import abi_version
 from agent.infer.runtimes.probe import RuntimeState
+from agent.selection.inventory import install_hint
 from agent.store.store import Store
 
 Level = Literal["ok", "note", "warning", "error"]
@@ -88,20 +89,19 @@ def check_confinement() -> list[Finding]:
     return [Finding("landlock", "ok", f"ABI {abi}")]
 
 
-def check_runtimes(states: Mapping[str, RuntimeState]) -> list[Finding]:
-    """At least one runtime must work."""
+def check_runtimes(states: Mapping[str, RuntimeState], facts: Facts) -> list[Finding]:
+    """At least one runtime must work; one that is there and does not work is worth a warning."""
     found = []
     for state in states.values():
         if state.usable:
             found.append(Finding("runtime", "ok", f"{state.name} {state.version}: {', '.join(state.providers)}"))
+        elif state.installed:
+            found.append(Finding("runtime", "warning", f"{state.name} does not work: {state.reason}", state.mend))
         else:
             found.append(Finding("runtime", "note", f"{state.name}: {state.reason}"))
     if not any(state.usable for state in states.values()):
-        found.append(
-            Finding(
-                "runtime", "error", "no inference runtime works here", "pip install 'edge-agent[onnx]' into the agent"
-            )
-        )
+        mend = " or ".join(dict.fromkeys(install_hint(name, facts) for name in states))
+        found.append(Finding("runtime", "error", "no inference runtime works here: no model can answer", mend))
     return found
 
 

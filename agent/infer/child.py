@@ -199,7 +199,7 @@ def serve(control: socket.socket, child: Child) -> None:
             except (TryLaterError, MemoryError) as error:
                 answer = {"error": str(error) or "out of memory", "memory": True}
             except AgentError as error:
-                answer = {"error": str(error)}
+                answer = {"error": str(error), "hint": error.hint}
             stream.write(json.dumps(answer).encode() + b"\n")
             stream.flush()
 

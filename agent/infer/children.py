@@ -44,8 +44,8 @@ FailureKind = Literal["crashed", "hung", "memory", "refused"]
 class ChildError(AgentError):
     """A child that did not answer as asked; ``kind`` says how, the text says why."""
 
-    def __init__(self, kind: FailureKind, text: str) -> None:
-        super().__init__(text)
+    def __init__(self, kind: FailureKind, text: str, *, hint: str = "") -> None:
+        super().__init__(text, hint=hint)
         self.kind: FailureKind = kind
 
 
@@ -138,7 +138,7 @@ class ChildProcess:
         if "error" in answer:
             text = plain(str(answer["error"]), 500)
             kind: FailureKind = "memory" if answer.get("memory") else "refused"
-            raise ChildError(kind, text)
+            raise ChildError(kind, text, hint=plain(str(answer.get("hint", "")), 200))
         if operation == "prepare":  # from here on growth is the model's
             self._baseline_kb = self._holds()[0]
         return answer

@@ -18,7 +18,7 @@ from agent.operations.measured import Choice, DeviceView, Known, Progress, key_o
 from agent.operations.shelving import OpenBlob
 from agent.selection.choice import Decision, choose, contenders, more_rounds_needed
 from agent.selection.explanation import explain
-from agent.selection.inventory import RuntimeInventory
+from agent.selection.inventory import RuntimeInventory, install_hint
 from agent.selection.measurements import Measurement, MeasurementKey, estimated_joules
 from agent.selection.prior import Prior, rank_by_prior
 from agent.selection.quarantine import Death, QuarantineState
@@ -89,7 +89,7 @@ class VariantChooser:
             measurements={m.candidate_id: m.to_json() for m in measurements},
             quarantine=_counted(quarantine, measurements).to_json(),
             why=_why_not(decision, verdicts),
-            hint="edge-agent models check FILE shows what each variant needs",
+            hint=_hint(verdicts, inventory, device),
         )
 
     def _verdicts(
@@ -246,6 +246,14 @@ def _order(decision: Decision, priors: Sequence[Prior]) -> list[str]:
     lost.sort(key=lambda row: (row.measurement.p50_ms or float("inf")) if row.measurement else float("inf"))
     untried = [row.candidate_id for row in decision.rows if row.status == "untried"]
     return [*([decision.winner] if decision.winner else []), *(row.candidate_id for row in lost), *untried]
+
+
+def _hint(verdicts: Sequence[Verdict], inventory: RuntimeInventory, device: DeviceView) -> str:
+    """What to do where nothing was chosen: where all that is missing is the runtime, install it."""
+    wanted = {verdict.candidate.runtime for verdict in verdicts}
+    if wanted and not any(inventory.get(runtime) for runtime in wanted):
+        return " or ".join(dict.fromkeys(install_hint(runtime, device.facts) for runtime in sorted(wanted)))
+    return "edge-agent models check FILE shows what each variant needs"
 
 
 def _why_not(decision: Decision, verdicts: Sequence[Verdict]) -> str:

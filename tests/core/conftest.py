@@ -19,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Agent:
-    """One device: its folders, its daemon when it runs, and the command line."""
+    """One device: its folders, its daemon when it runs, and the command line. ``python``: of another environment."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: Path | str = sys.executable) -> None:
         self.folder = folder
+        self.python = str(python)
         self.state, self.run = folder / "state", folder / "run"
         self.config = folder / "config.toml"
         self.process: subprocess.Popen[bytes] | None = None
@@ -38,7 +39,7 @@ class Agent:
     def start(self, *, ready: bool = True) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "agent.cli.device", "core"], env=self.environment, stderr=log, cwd=self.folder
+                [self.python, "-m", "agent.cli.device", "core"], env=self.environment, stderr=log, cwd=self.folder
             )
         if ready:
             self.wait_until_ready()
@@ -72,7 +73,7 @@ class Agent:
     ) -> subprocess.CompletedProcess[str]:
         """``edge-agent ARGUMENTS``; fails the test when the exit status is another (None: any will do)."""
         done = subprocess.run(
-            [sys.executable, "-m", "agent.cli.device", *map(str, arguments)],
+            [self.python, "-m", "agent.cli.device", *map(str, arguments)],
             env=self.environment, input=stdin, capture_output=True, text=True, timeout=180, check=False,
         )  # fmt: skip
         assert status in (None, done.returncode), f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"

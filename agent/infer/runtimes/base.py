@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How to load: ONNX Runtime's provider name (or the runtime's own word), threads of one run, free options."""
+    """How to load: ONNX Runtime's provider name, or TFLite's (``cpu``); threads of one run; free options."""
 
     provider: str
     threads: int = 1
@@ -65,4 +65,8 @@ def load_runtime(name: str) -> Runtime:
         from agent.infer.runtimes.onnx import OnnxRuntime  # noqa: PLC0415 - a runtime is imported at first use
 
         return OnnxRuntime()
+    if name == "tflite":
+        from agent.infer.runtimes.tflite import TfliteRuntime  # noqa: PLC0415 - as above
+
+        return TfliteRuntime()
     raise UnsupportedError(f"cannot load runtime '{name}': this version of the agent has no support for it")

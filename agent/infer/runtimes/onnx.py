@@ -6,7 +6,6 @@ Idle spinning is off, since it costs half a core at ten requests a second.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from agent.base.datatypes import Datatype
 from agent.base.errors import DamagedError, PeerError, TryLaterError, UnsupportedError
 from agent.bundles.manifest import TensorSpec
 from agent.infer.runtimes.base import LoadOptions
+from agent.infer.runtimes.failures import is_shortage, one_line, return_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,13 +35,6 @@ _DATATYPES: dict[str, Datatype] = {
     "tensor(bfloat16)": "BF16",
     "tensor(string)": "BYTES",
 }
-
-
-def return_memory() -> None:
-    """Ask the allocator to give freed pages back: after a session is dropped RSS falls only then (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # musl has none
-        trim(0)
 
 
 class OnnxRuntime:
@@ -80,9 +73,9 @@ class OnnxRuntime:
                 f"/proc/self/fd/{descriptor}", sess_options=settings, providers=[options.provider]
             )
         except self._errors as error:
-            if _is_shortage(error):
-                raise TryLaterError(f"cannot load model: out of memory: {_one_line(error)}") from error
-            raise DamagedError(f"cannot load model: ONNX Runtime: {_one_line(error)}") from error
+            if is_shortage(error):
+                raise TryLaterError(f"cannot load model: out of memory: {one_line(error)}") from error
+            raise DamagedError(f"cannot load model: ONNX Runtime: {one_line(error)}") from error
         return OnnxSession(session, self._errors)
 
 
@@ -109,9 +102,9 @@ class OnnxSession:
         try:
             answers: list[NDArray[Any]] = self._session.run(list(outputs), inputs)
         except self._errors as error:
-            if _is_shortage(error):
-                raise TryLaterError(f"cannot run model: out of memory: {_one_line(error)}") from error
-            raise PeerError(f"cannot run model: ONNX Runtime: {_one_line(error)}") from error
+            if is_shortage(error):
+                raise TryLaterError(f"cannot run model: out of memory: {one_line(error)}") from error
+            raise PeerError(f"cannot run model: ONNX Runtime: {one_line(error)}") from error
         if self._string_outputs:
             return [
                 _octets(answer) if name in self._string_outputs else answer
@@ -161,15 +154,3 @@ def _octets(array: NDArray[Any]) -> NDArray[Any]:
     for index, element in enumerate(array.reshape(-1)):
         flat[index] = element if isinstance(element, bytes) else str(element).encode()
     return octets
-
-
-def _is_shortage(error: Exception) -> bool:
-    """Whether an allocation failed: ONNX Runtime has no class of error for it."""
-    text = str(error).lower()
-    return any(words in text for words in ("bad_alloc", "bad allocation", "failed to allocate", "bfcarena::allocate"))
-
-
-def _one_line(error: Exception) -> str:
-    """The first 300 characters of a runtime's message on one line, without its source paths' noise."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -13,19 +13,25 @@ from agent.infer.runtimes.base import Runtime, load_runtime
 #: Runtime -> distributions that may bring it; builds for Jetson or GPUs carry names of their own.
 DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
     "onnx": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-qnn", "onnxruntime-directml"),
+    "tflite": ("ai-edge-litert", "tflite-runtime"),
 }
-#: Runtime -> the module that is imported.
-MODULES: Mapping[str, str] = {"onnx": "onnxruntime"}
+#: Runtime -> the modules of which one is imported.
+MODULES: Mapping[str, tuple[str, ...]] = {"onnx": ("onnxruntime",), "tflite": ("ai_edge_litert", "tflite_runtime")}
 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeState:
-    """A runtime as it was found: version and providers, or the reason why it cannot be used."""
+    """A runtime as it was found: version and providers, or the reason why it cannot be used, and what mends it.
+
+    ``installed``: something is there, whether it works or not.
+    """
 
     name: str
     version: str = ""
     providers: tuple[str, ...] = ()
     reason: str = ""
+    mend: str = ""
+    installed: bool = True
 
     @property
     def usable(self) -> bool:
@@ -46,14 +52,17 @@ def installed_version(name: str) -> str | None:
 
 def probe_runtime(name: str) -> RuntimeState:
     """Import the runtime in a child and ask it. Never raises for a runtime that is missing or broken."""
-    if find_spec(MODULES[name]) is None:
-        return RuntimeState(name, reason="not installed")
+    if not any(find_spec(module) for module in MODULES[name]):
+        return RuntimeState(name, reason="not installed", installed=False)
     try:
         with ChildProcess({"model": None, "golden": None}, ChildLimits(memory_mb=512)) as child:
             child.greet()
             answer = child.call("prepare", 60, runtime=name)
     except ChildError as error:
-        return RuntimeState(name, version=installed_version(name) or "", reason=f"import failed: {error}")
+        reason = str(error).removeprefix(f"cannot load runtime '{name}': ")
+        if error.kind != "refused":  # it did not live to say why
+            reason = f"its import {reason}"
+        return RuntimeState(name, version=installed_version(name) or "", reason=reason, mend=error.hint)
     return RuntimeState(name, str(answer["version"]), tuple(str(provider) for provider in answer["providers"]))
 
 
@@ -73,7 +82,9 @@ class Runtimes:
         """One runtime's state."""
         if name not in self._states:
             known = name in DISTRIBUTIONS
-            self._states[name] = self._probe(name) if known else RuntimeState(name, reason="not supported")
+            self._states[name] = (
+                self._probe(name) if known else RuntimeState(name, reason="not supported", installed=False)
+            )
         return self._states[name]
 
     def load(self, name: str) -> Runtime:

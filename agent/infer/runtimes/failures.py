@@ -1,0 +1,30 @@
+"""What the runtimes share when they fail or end: shortage told from damage, reasons on one line, memory given back."""
+
+from __future__ import annotations
+
+import ctypes
+
+#: What the runtimes say when an allocation fails: none has a class of error for it everywhere.
+_SHORTAGE = (
+    "bad_alloc", "bad allocation", "failed to allocate", "bfcarena::allocate", "failed to reshape runtime",
+    "out of memory",
+)  # fmt: skip
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether an allocation failed."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _SHORTAGE)
+
+
+def one_line(error: Exception) -> str:
+    """The first 300 characters of a runtime's message on one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def return_memory() -> None:
+    """Ask the allocator to give freed pages back: after a session is dropped RSS falls only then (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # musl has none
+        trim(0)
