@@ -11,7 +11,7 @@ is started anew and must
 - leave neither temporary files nor blobs that nothing reaches once garbage is collected,
 - have left no trial child alive.
 
-A rotation that was cut off may be under way: the next call must finish it.
+A rotation or a collection that was cut off may be under way: the next call must finish it.
 
     python benchmarks/kills.py [--json] [--kills 200] [--seed N] [--only STEP ...] [--quick]
 """
@@ -70,15 +70,18 @@ class Held:
         return replace(self, models={key: held for key, held in self.models.items() if key != name})
 
 
+#: From what was held before a kill and after it: "before", "under_way", "after"; None where it is neither.
+Judge = Callable[[Held, Held], "str | None"]
+
+
 @dataclass(frozen=True)
 class Step:
-    """An operation: what makes it possible, the call, and what must be held afterwards."""
+    """An operation: what makes it possible, the call, and how to tell what became of it."""
 
     name: str
     prepare: Callable[[], None]
     call: Callable[[], object]
-    after: Callable[[Held], Held]
-    rotates: bool = False
+    judge: Judge
 
 
 @dataclass
@@ -112,6 +115,7 @@ class Device:
         self.next_secret = self.daemon.state / "keys" / FILE_NEXT
         self._seeds: dict[tuple[str, str], int] = {}
         self._grown = 0
+        self._litter: list[str] = []
 
     def set_up(self) -> None:
         """Two versions of one model to switch between, one version of another that grows."""
@@ -155,8 +159,9 @@ class Device:
 
     def litter(self) -> None:
         """Payloads that nothing reaches, as a cut-off installation leaves them."""
-        for _ in range(JUNK_FILES):
-            (self.blobs / os.urandom(32).hex()).write_bytes(bytes(1024))
+        self._litter = [os.urandom(32).hex() for _ in range(JUNK_FILES)]
+        for name in self._litter:
+            (self.blobs / name).write_bytes(bytes(1024))
 
     def held(self) -> Held:
         """What it says now."""
@@ -169,16 +174,31 @@ class Device:
     def steps(self) -> list[Step]:
         """The operations in turn."""
         ask = self.daemon.ask
+        added = one_of_two(lambda held: held.activated("grown", f"{self._grown}.0.0"))
+        switched, removed = one_of_two(_switched), one_of_two(lambda held: held.without("spare"))
         return [
-            Step("add", self.trim, self.add_next, lambda held: held.activated("grown", f"{self._grown}.0.0")),
-            Step("activate", lambda: None, self.switch, _switched),
-            Step("rollback", lambda: None, lambda: ask("POST", "/v1/models/pair/rollback", {}), _switched),
-            Step("rotate-key", lambda: None, lambda: ask("POST", "/v1/store/rotate-key", {}), lambda held: held, True),
-            Step("gc", self.litter, lambda: ask("POST", "/v1/store/gc", {}), lambda held: held),
-            Step(
-                "remove", self.have_spare, lambda: ask("DELETE", "/v1/models/spare"), lambda held: held.without("spare")
-            ),
+            Step("add", self.trim, self.add_next, added),
+            Step("activate", lambda: None, self.switch, switched),
+            Step("rollback", lambda: None, lambda: ask("POST", "/v1/models/pair/rollback", {}), switched),
+            Step("rotate-key", lambda: None, lambda: ask("POST", "/v1/store/rotate-key", {}), self.rotated),
+            Step("gc", self.litter, lambda: ask("POST", "/v1/store/gc", {}), self.collected),
+            Step("remove", self.have_spare, lambda: ask("DELETE", "/v1/models/spare"), removed),
         ]
+
+    def rotated(self, before: Held, held: Held) -> str | None:
+        """Under way as long as there is a next secret: all is readable, and another call finishes it."""
+        if held.models != before.models:
+            return None
+        if self.next_secret.exists():
+            return "under_way"
+        return "before" if held.key_id == before.key_id else "after"
+
+    def collected(self, before: Held, held: Held) -> str | None:
+        """By the litter that is left."""
+        left = sum((self.blobs / name).exists() for name in self._litter)
+        if held != before:
+            return None
+        return "before" if left == len(self._litter) else "under_way" if left else "after"
 
     # -- what must hold after a kill ------------------------------------------------------------------------------
 
@@ -210,6 +230,15 @@ class Device:
         if files != 2 * stats["blobs"]:
             yield f"{files} files for {stats['blobs']} blobs"
         yield from (f"temporary file {path.name} is left" for path in self.daemon.state.rglob(".tmp-*"))
+
+
+def one_of_two(change: Callable[[Held], Held]) -> Judge:
+    """Wholly there or not at all."""
+
+    def judge(before: Held, held: Held) -> str | None:
+        return "before" if held == before else "after" if held == change(before) else None
+
+    return judge
 
 
 def _switched(held: Held) -> Held:
@@ -307,30 +336,17 @@ def check(device: Device, step: Step, before: Held, answered: bool, row: Row) ->
     if not verified["ok"]:
         yield f"damaged: {verified['damaged']}"
     held = device.held()
-    outcome = compare(device, step, before, held)
+    outcome = step.judge(before, held)
     if outcome is None or (answered and outcome != "after"):
         yield f"holds {held}, before it was {before}, answered: {answered}"
     if not answered:
         row.outcomes[outcome or "wrong"] += 1
     if outcome == "under_way":
-        device.daemon.ask("POST", "/v1/store/rotate-key", {})
-        if device.next_secret.exists() or device.held().key_id == before.key_id:
-            yield "the rotation was not finished by the next call"
+        step.call()
+        if step.judge(before, device.held()) != "after":
+            yield "the next call did not finish it"
     yield from device.wrong_answers(held)
     yield from device.leftovers()
-
-
-def compare(device: Device, step: Step, before: Held, held: Held) -> str | None:
-    """Which of the two states it is; ``under_way`` for a rotation that another call has to finish."""
-    if step.rotates:
-        if held.models != before.models:
-            return None
-        if device.next_secret.exists():
-            return "under_way"
-        return "before" if held.key_id == before.key_id else "after"
-    if held == before:
-        return "before"
-    return "after" if held == step.after(before) else None
 
 
 class Operation(threading.Thread):
