@@ -377,6 +377,7 @@ def main() -> None:
     options = parser.parse_args()
     choose, about = chooser(options.threads)
     made = models.build()
+    load_before = os.getloadavg()[1]
     truths = brute_force(made.variants, made.golden, about["threads"])
     wanted = [s for s in scenarios(truths) if not options.only or s.name in options.only]
     rows = []
@@ -390,7 +391,7 @@ def main() -> None:
     report = {
         "benchmark": "selection",
         "row": "choice of a variant",
-        "machine": about,
+        "machine": {**about, "cores": os.cpu_count(), "load": [round(load_before, 1), round(os.getloadavg()[1], 1)]},
         "truth": {name: _figures(truth, again[name]) for name, truth in truths.items()},
         "scenarios": rows,
         "copies": alike,
@@ -431,6 +432,7 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [
         f"choice of a variant · profile {machine['profile']} · {machine['threads']} thread(s) · "
         f"onnxruntime {machine['onnxruntime']}",
+        f"{machine['cores']} cores, load {machine['load'][0]} before and {machine['load'][1]} after",
         "",
         f"{'brute force':16}{'p50 ms':>9}{'p95 ms':>9}{'peak MB':>9}{'cosine':>9}{'drift':>8}",
     ]
