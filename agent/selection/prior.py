@@ -8,7 +8,7 @@ the same device's CPU. Where the board's profile says something it wins over wha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from agent.bundles.manifest import Policy, Precision
@@ -43,6 +43,8 @@ _GAIN_VNNI, _GAIN_AMX, _GAIN_I8MM, _GAIN_DOTPROD = 2.0, 2.5, 1.8, 1.1
 #: AVX2 alone multiplies 8-bit numbers by way of 16-bit sums: Zen 3 took 2 to 3 times as long as with fp32.
 _GAIN_X86_PLAIN = 0.4
 _GAIN_ARM_PLAIN = 1.4
+#: Where nothing is known the exact one goes first.
+_GAIN_UNKNOWN = 0.95
 #: What is left of the gain when activations are quantized anew in each run; good for matrices, bad for convolutions.
 _DYNAMIC = 0.8
 _QOPERATOR = 0.9
@@ -56,16 +58,20 @@ _TENSORRT_INT8 = 1.6
 
 
 def rank_by_prior(candidates: Sequence[Candidate], facts: Facts, profile: Profile) -> list[Prior]:
-    """Priors of ``candidates``, best first. Equal expectations stand in the order of the profile, then by name."""
+    """Priors of ``candidates``, best first. Equal expectations: as the profile orders providers, small files, name."""
     priors = [_expect(candidate, facts, profile) for candidate in candidates]
     by_provider: dict[str, list[Prior]] = {}
     for prior in priors:
         by_provider.setdefault(prior.candidate.provider, []).append(prior)
     ordered = [prior for group in by_provider.values() for prior in _in_profile_order(group, profile)]
     places = {name: place for place, name in enumerate(profile.providers)}
-    return sorted(
-        ordered, key=lambda p: (-p.score, places.get(p.candidate.provider, len(places)), p.candidate.variant_id)
-    )
+
+    def place(prior: Prior) -> tuple[float, int, int, str]:
+        # Of two networks of one precision the smaller one mostly has less to compute.
+        candidate = prior.candidate
+        return -prior.score, places.get(candidate.provider, len(places)), candidate.size, candidate.variant_id
+
+    return sorted(ordered, key=place)
 
 
 def _expect(candidate: Candidate, facts: Facts, profile: Profile) -> Prior:
@@ -120,7 +126,7 @@ def _gain_x86(facts: Facts) -> tuple[float, str]:
     if features.get("avx512_vnni") or features.get("avx_vnni"):
         return _GAIN_VNNI, "VNNI has int8 dot products"
     if features.get("avx512_vnni") is None and features.get("avx_vnni") is None:
-        return 1.0, "whether there is VNNI is not known"
+        return _GAIN_UNKNOWN, "whether there is VNNI is not known"
     return _GAIN_X86_PLAIN, "no VNNI: int8 takes longer than fp32"
 
 
@@ -131,7 +137,7 @@ def _gain_arm(facts: Facts) -> tuple[float, str]:
         if name in _GAIN_BY_CORE:
             return _GAIN_BY_CORE[name], f"{name}: int8 runs at about {_GAIN_BY_CORE[name]:g}x of fp32"
     if facts.features.get("dotprod") is None:
-        return 1.0, "the CPU's features are not known"
+        return _GAIN_UNKNOWN, "the CPU's features are not known"
     if facts.features["dotprod"]:
         return _GAIN_DOTPROD, "has int8 dot products"
     return _GAIN_ARM_PLAIN, "no dot products, but a quarter of the bytes to move"
@@ -186,15 +192,18 @@ def _place(provider: str, profile: Profile) -> int:
 _FINEST: tuple[Precision, ...] = ("fp32", "mixed", "fp16", "bf16", "int8", "int4")
 
 
-def to_try(policy: Policy, priors: Sequence[Prior], count: int) -> tuple[Candidate, ...]:
-    """The ``count`` candidates that are worth a trial under ``policy``, most promising first.
+def to_try(policy: Policy, priors: Sequence[Prior], count: int, but: Collection[str] = ()) -> tuple[Candidate, ...]:
+    """The ``count`` candidates that are worth a trial under ``policy``, most promising first; none of the ids in
+    ``but``.
+
+    When none of a first lot may run, the next lot is ``to_try`` with the first one's ids in ``but``.
 
     Latency and energy follow the prior, memory the file's size, accuracy the declared quality or else the precision.
     From three on, the finest precision and the first one on the CPU are among them: when the fast ones turn out to
     answer wrongly, or the accelerator fails, there is something to fall back to.
     """
     ranked = sorted(enumerate(priors), key=lambda pair: (_promise(policy, pair[1]), pair[0]))
-    ordered = [prior for _, prior in ranked]
+    ordered = [prior for _, prior in ranked if prior.candidate.id not in but]
     chosen = ordered[:count]
     if 3 <= count < len(ordered):
         finest = min(ordered, key=lambda prior: _FINEST.index(prior.candidate.precision))

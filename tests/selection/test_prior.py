@@ -120,7 +120,22 @@ def test_what_is_tried_depends_on_what_is_wanted() -> None:
     )
     assert tried("accuracy", 1, None, *made) == ["a"]
     assert tried("memory", 1, None, *made) == ["c"]
-    assert tried("latency", 1, None, *made) == ["b"]
+    assert tried("latency", 2, None, *made) == ["c", "b"]
+
+
+def test_the_next_lot_follows_when_none_of_the_first_may_run() -> None:
+    """The fast ones are all below the wanted quality: the accurate one comes second, not never."""
+    priors = rank_by_prior([candidate_of(v, CPU) for v in USUAL.variants], facts(features={"avx_vnni": True}), FALLBACK)
+    first = to_try(Policy(), priors, 2)
+    second = to_try(Policy(), priors, 2, [candidate.id for candidate in first])
+    assert [c.variant_id for c in first] == ["int8-static", "int8-dynamic"]
+    assert [c.variant_id for c in second] == ["fp32", "fp16"]
+    assert to_try(Policy(), priors, 2, [prior.candidate.id for prior in priors]) == ()
+
+
+def test_of_equal_expectations_the_smaller_file_comes_first() -> None:
+    made = (variant("a-large", mb=28), variant("b-small", mb=8))
+    assert tried("latency", 1, None, *made) == ["b-small"]
 
 
 def test_the_cpu_is_among_the_tried_where_an_accelerator_is_preferred() -> None:
