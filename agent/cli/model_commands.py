@@ -29,13 +29,13 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
         return command
 
     install = add("add", "install a bundle, a bundle directory or a bare model; returns when it answers", _add)
-    install.add_argument("file", metavar="FILE", type=Path, help=".edgemodel, directory with model.json, or .onnx")
+    install.add_argument("file", metavar="FILE", type=Path, help=".edgemodel, folder with model.json, .onnx or .tflite")
     install.add_argument("--name", metavar="N", help="another name than the bundle's or the file's")
     _take_shapes(install)
     add("list", "what is installed", _list)
     name_model(add("show", "one model: versions, inputs, outputs, variants", _show))
     check = add("check", "could it run here, or on a recorded board?", check_model)
-    check.add_argument("file", metavar="FILE", type=Path, help=".edgemodel, directory with model.json, or .onnx")
+    check.add_argument("file", metavar="FILE", type=Path, help=".edgemodel, folder with model.json, .onnx or .tflite")
     check.add_argument("--root", type=Path, metavar="DIR", help="a recorded board's files")
     explain = add("explain", "every variant, each reason, each number", _explain)
     name_model(explain)
