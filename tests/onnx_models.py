@@ -142,3 +142,38 @@ def identity(kind, opset=17):
         [helper.make_node("Identity", ["x"], ["y"])], [tensor("x", ["n", "m"], kind)], [tensor("y", ["n", "m"], kind)],
         opset=opset,
     )  # fmt: skip
+
+
+def counting():
+    """n[1] INT64 -> y[1]: a loop of n rounds, so that the input's value alone says how long it takes."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go_on"], ["go_on_out"]),
+            helper.make_node("Add", ["state", "one"], ["state_out"]),
+        ],
+        "body",
+        [tensor("round", [], TensorProto.INT64), tensor("go_on", [], TensorProto.BOOL), tensor("state", [1])],
+        [tensor("go_on_out", [], TensorProto.BOOL), tensor("state_out", [1])],
+        [constant("one", np.ones(1, np.float32))],
+    )
+    return model(
+        [
+            helper.make_node("Squeeze", ["n"], ["rounds"]),
+            helper.make_node("Loop", ["rounds", "yes", "start"], ["y"], body=body),
+        ],
+        [tensor("n", [1], TensorProto.INT64)],
+        [tensor("y", [1])],
+        [constant("yes", np.bool_(True)), constant("start", np.zeros(1, np.float32))],
+    )
+
+
+def filling():
+    """n[1] INT64 -> y[1]: the sum of n ones, so that the input's value alone says how much memory it takes."""
+    return model(
+        [
+            helper.make_node("ConstantOfShape", ["n"], ["ones"], value=constant("v", np.ones(1, np.float32))),
+            helper.make_node("ReduceSum", ["ones"], ["y"], keepdims=1),
+        ],
+        [tensor("n", [1], TensorProto.INT64)],
+        [tensor("y", [1])],
+    )

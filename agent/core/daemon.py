@@ -26,6 +26,7 @@ from agent.base.clock import SystemClock
 from agent.base.config import Config, Paths
 from agent.base.errors import AgentError, ConfigError
 from agent.base.hardening import forbid_inspection, lock_memory
+from agent.base.memory import Fence
 from agent.base.systemd import Handover, Notifier, adopt_sockets
 from agent.core import health, logs
 from agent.core.admin_api import AdminApi
@@ -63,6 +64,8 @@ class Core:
         self._notifier = Notifier(handover.notify_address)
         self._started = time.monotonic()
         self._locked = False
+        #: After ``run``: whether every thread has come to its end.
+        self.all_ended = True
         self._stop = asyncio.Event()
         self._operations = Operations()
         self._runtimes = Runtimes()
@@ -101,7 +104,8 @@ class Core:
         device, config = self._device, self._config
         self._operations.start(asyncio.get_running_loop())
         limits = EngineLimits(device.budget_mb, config.server.queue_per_model, device.workers)
-        self._engine = Engine(limits, self._runtimes.load, self._damaged)
+        fence = Fence(device.facts.mem_limit_mb)
+        self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move)
         self._show(self._store.document)
         serving = Serving(
             show=lambda document: self._operations.on_loop(lambda: self._show(document)),
@@ -193,7 +197,7 @@ class Core:
         servers = [server for server in (getattr(self, "_infer", None), getattr(self, "_admin", None)) if server]
         await asyncio.gather(*(server.drain(self._config.server.drain_s) for server in servers))
         await self._operations.close()
-        await self._engine.close()
+        self.all_ended = await self._engine.close()
         _LOG.info("stopped")
 
     async def _feed_watchdog(self) -> None:
@@ -344,12 +348,18 @@ def run_core(paths: Paths, config: Config, handover: Handover) -> None:
     """Run core on uvloop where it is installed, else on asyncio's own loop. Raises AgentError."""
     logs.set_up(config.log, journal="JOURNAL_STREAM" in os.environ)
 
-    async def main() -> None:
-        await Core(paths, config, handover).run()
+    async def main() -> bool:
+        core = Core(paths, config, handover)
+        await core.run()
+        return core.all_ended
 
     try:
         import uvloop  # noqa: PLC0415 - an optional extra
     except ImportError:
-        asyncio.run(main())
+        all_ended = asyncio.run(main())
     else:
-        uvloop.run(main())
+        all_ended = uvloop.run(main())
+    if not all_ended:
+        # A thread is in a load or a run that cannot be ended, and the interpreter would wait for it.
+        logging.shutdown()
+        os._exit(0)

@@ -2,8 +2,12 @@
 
 All state is changed on the event loop's thread only; loading and running happen in worker threads that touch nothing
 but their own session. A busy or loading session is never evicted; a load happens once however many ask for it.
-A model whose measured p95 is below ``INLINE_P95_MS`` runs on the loop itself: a thread would cost more than the run.
-A session that is not ``concurrent`` runs one request at a time; the others wait for their turn and hold no thread.
+A model whose measured p95 is below ``INLINE_P95_MS`` runs on the loop itself, for a thread would cost more than that:
+with inputs of shapes that were quick in a thread before, and only where the run can be ended when the values make it
+long. A session that is not ``concurrent`` runs one request at a time; others wait for their turn and hold no thread.
+
+A run ends, or is asked to, when its request's time is over or its caller has gone. A session that comes to hold far
+more than was measured is dropped, so that no input makes the daemon keep memory that the budget does not know.
 
 When the chosen option cannot be read or loaded, the next one answers and says ``degraded``.
 """
@@ -16,10 +20,14 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agent import __version__
 from agent.base.errors import DamagedError, DeadlineError, NotFoundError, TryLaterError, UnsupportedError
+from agent.base.memory import resident_mb
+from agent.infer.halting import Halt, LoopGuard
+from agent.infer.runners import Job, Runners
 from agent.infer.runtimes.base import LoadOptions, Runtime, Session
 from agent.infer.shelf import Option, Served, Shelf
 from agent.infer.tensors import InferRequest, InferResponse, Tensor, check_inputs
@@ -28,19 +36,34 @@ if TYPE_CHECKING:
     from agent.bundles.manifest import TensorSpec
 
 INLINE_P95_MS = 0.3
+#: A run in a thread that was shorter proves its shapes fit for the loop; the first one after a load is slower.
+_QUICK_US = 3000
+#: A run on the loop that was longer may have taken any memory, which nobody looked at: its session is dropped.
+_LONG_US = 20_000
+#: Shapes that are remembered for each session.
+_MOST_SHAPES = 64
+#: Growth of the process within one run that drops the session: this much, and this often what was measured.
+_OUTGROWN_MB, _OUTGROWN = 64.0, 2.0
+#: For runs that were told to end, at the stop.
+_CLOSE_S = 5.0
 _LOG = logging.getLogger("edge_agent.engine")
 
 Key = tuple[str, str]
+Shapes = tuple[tuple[int, ...], ...]
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """Bytes of all loaded sessions together, requests that may wait for one model, threads that run sessions."""
+    """Bytes of all loaded sessions together, requests that may wait for one model, threads that run sessions.
+
+    A load that takes longer than ``load_s`` is given up; the trial's own limit is far below it.
+    """
 
     budget_mb: float
     queue_per_model: int = 64
     workers: int = 1
+    load_s: float = 300.0
 
 
 @dataclass(slots=True)
@@ -59,32 +82,49 @@ class Loaded:
     outputs: dict[str, TensorSpec] = field(default_factory=dict)
     #: Held by the request that runs, where the session takes only one at a time.
     turn: asyncio.Lock | None = None
+    #: Whether the model is fast enough for the event loop, and its runs can be ended.
+    fast: bool = False
+    #: Shapes of inputs that ran quickly in a thread.
+    quick: set[Shapes] = field(default_factory=set)
+    outgrown: bool = False
 
-    @property
-    def inline(self) -> bool:
-        """Whether a request may run on the event loop now: the model is fast and nobody is at its session."""
-        fast = self.option.p95_ms is not None and self.option.p95_ms < INLINE_P95_MS
-        return fast and (self.turn is None or not self.turn.locked())
+    def fits_the_loop(self, request: InferRequest) -> bool:
+        """Whether this request may run on the event loop now: it will be quick, and nobody is at the session."""
+        return self.fast and shapes_of(request) in self.quick and (self.turn is None or not self.turn.locked())
+
+
+def shapes_of(request: InferRequest) -> Shapes:
+    """The shapes of the inputs, in the request's order."""
+    return tuple([tensor.array.shape for tensor in request.inputs])
 
 
 class Engine:
-    """Serves the models of a shelf. Construct on any thread, use on the event loop's."""
+    """Serves the models of a shelf. Construct on any thread, use on the event loop's.
+
+    ``fence`` is called, from any thread, before something is loaded or run that may take much memory.
+    """
 
     def __init__(
         self,
         limits: EngineLimits,
         load_runtime: Callable[[str], Runtime],
         report_damage: Callable[[Key, Option, str], None] = lambda key, option, reason: None,
+        fence: Callable[[], None] = lambda: None,
     ) -> None:
         self._limits = limits
         self._load_runtime = load_runtime
         self._report_damage = report_damage
+        self._fence = fence
         self._shelf = Shelf()
         self._hot: dict[Key, Loaded] = {}
         self._loading: dict[Key, asyncio.Task[Loaded]] = {}
         self._waiting: dict[str, int] = {}
         self._reserved_mb = 0.0
-        self._runners = ThreadPoolExecutor(limits.workers, thread_name_prefix="run")
+        self._runners = Runners(limits.workers)
+        self._halts: set[Halt] = set()
+        self._guard = LoopGuard()
+        self._not_for_the_loop: set[str] = set()
+        self._lost = 0  # loads that were given up: their threads may never end
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._closing = False
 
@@ -173,15 +213,20 @@ class Engine:
             self._retire(loaded)
         return len(dropped)
 
-    async def close(self) -> None:
-        """Stop taking requests, wait for loads under way, end every session."""
+    async def close(self) -> bool:
+        """Stop taking requests, end runs, wait for loads under way, end every session; whether all has ended."""
         self._closing = True
         if self._loading:
-            await asyncio.wait(list(self._loading.values()))
+            await asyncio.wait(list(self._loading.values()), timeout=_CLOSE_S)
+        for halt in self._halts:
+            halt.request()
+        clean = await self._runners.close(_CLOSE_S) and not self._loading and not self._lost
         for loaded in list(self._hot.values()):
             self._retire(loaded)
-        self._runners.shutdown(wait=True)
-        self._loader.shutdown(wait=True)
+        self._loader.shutdown(wait=not self._loading)
+        if not clean:
+            _LOG.error("a load or a run did not end when told to")
+        return clean
 
     # -- answering ------------------------------------------------------------------------------------------------
 
@@ -191,10 +236,27 @@ class Engine:
         """Answer at once where the session is hot and fast, else an awaitable. ``deadline`` in ``time.monotonic()``."""
         served = self._shelf.find(name, version)
         loaded = self._hot.get((served.model, served.version))
-        if loaded is not None and loaded.inline:
-            loaded.last_used = time.monotonic()
-            return self._run(loaded, request, 0.0)
+        if loaded is not None and loaded.fits_the_loop(request):
+            try:
+                return self._run_on_loop(loaded, request)
+            except DeadlineError:  # its time follows from its inputs' values: it runs in threads from now on
+                self._not_for_the_loop.add(loaded.option.digest)
+                _LOG.warning("model %s %s: a run took far longer than any before", *loaded.key)
         return self._answer(served, request, deadline)
+
+    def _run_on_loop(self, loaded: Loaded, request: InferRequest) -> InferResponse:
+        """One run on this thread. DeadlineError when it held the loop up; its session is dropped then."""
+        loaded.last_used = time.monotonic()
+        try:
+            response = self._run(loaded, request, 0.0, self._guard.begin())
+        except TryLaterError:
+            self._retire(loaded)
+            raise
+        finally:
+            self._guard.end()
+        if response.parameters["compute_us"] > _LONG_US:
+            self._retire(loaded)
+        return response
 
     async def _answer(self, served: Served, request: InferRequest, deadline: float) -> InferResponse:
         _require_options(served)
@@ -209,8 +271,14 @@ class Engine:
             while loaded is None or loaded.retired:  # it may be evicted between its load and our turn
                 loaded = await _before(deadline, self._obtain(served))
             loaded.last_used = time.monotonic()
-            running = await self._start(loaded, request, arrived, deadline)
-            return await _before(deadline, asyncio.shield(running))
+            halt = Halt()
+            job = await self._start(loaded, request, arrived, deadline, halt)
+            try:
+                return await _before(deadline, asyncio.shield(job.future))
+            except (DeadlineError, asyncio.CancelledError):
+                halt.request()
+                self._runners.withdraw(job)
+                raise
         finally:
             left = self._waiting[served.model] - 1
             if left:
@@ -218,10 +286,8 @@ class Engine:
             else:
                 del self._waiting[served.model]
 
-    async def _start(
-        self, loaded: Loaded, request: InferRequest, arrived: float, deadline: float
-    ) -> asyncio.Future[InferResponse]:
-        """The run under way in a worker thread; it holds the session, and its turn, until it has really ended."""
+    async def _start(self, loaded: Loaded, request: InferRequest, arrived: float, deadline: float, halt: Halt) -> Job:
+        """The run, waiting for a thread or in one; it holds the session, and its turn, until it has really ended."""
         loaded.busy += 1  # from here on the session is not closed, however long the turn takes to come
         try:
             if loaded.turn is not None:
@@ -229,16 +295,35 @@ class Engine:
         except BaseException:
             self._let_go(loaded)
             raise
-        running = asyncio.get_running_loop().run_in_executor(self._runners, self._run, loaded, request, arrived)
-        running.add_done_callback(lambda done: self._release(loaded, done))
-        return running
+        job = self._runners.submit(loaded.key[0], partial(self._run_in_thread, loaded, request, arrived, halt))
+        self._halts.add(halt)
+        job.future.add_done_callback(partial(self._release, loaded, request, halt))
+        return job
 
-    def _run(self, loaded: Loaded, request: InferRequest, arrived: float) -> InferResponse:
-        """One run in the calling thread."""
+    def _run_in_thread(self, loaded: Loaded, request: InferRequest, arrived: float, halt: Halt) -> InferResponse:
+        """One run that may take long, and much memory."""
+        self._fence()
+        before = resident_mb()
+        try:
+            return self._run(loaded, request, arrived, halt)
+        except DeadlineError:
+            raise
+        except TryLaterError:
+            loaded.outgrown = True  # an arena that failed to grow reserves as much again at its next step
+            raise
+        finally:
+            if resident_mb() - before > _OUTGROWN_MB + _OUTGROWN * loaded.option.need_mb:
+                loaded.outgrown = True
+
+    def _run(self, loaded: Loaded, request: InferRequest, arrived: float, halt: Halt) -> InferResponse:
+        """One run in the calling thread. DeadlineError when ``halt`` ended it."""
         start = time.perf_counter()
         arrays = check_inputs(loaded.served.inputs, request.inputs)
         names = self._wanted(loaded, request)
-        answers = loaded.session.run(arrays, names)
+        try:
+            answers = loaded.session.run(arrays, names, halt)
+        except MemoryError as error:
+            raise TryLaterError("cannot run model: out of memory") from error
         end = time.perf_counter()
         queue_us = int((start - arrived) * 1e6) if arrived else 0
         compute_us = int((end - start) * 1e6)
@@ -306,7 +391,7 @@ class Engine:
             await self._make_room(option.need_mb)
             self._reserved_mb += option.need_mb
             try:
-                session = await asyncio.get_running_loop().run_in_executor(self._loader, self._open, option)
+                session = await self._open_in_thread(option)
             except (DamagedError, UnsupportedError) as error:
                 failures.append(f"{option.candidate}: {error}")
                 self._report_damage(key, option, str(error))
@@ -320,14 +405,32 @@ class Engine:
             loaded.turn = None if session.concurrent else asyncio.Lock()
             loaded.outputs = {spec.name: spec for spec in session.outputs}
             loaded.output_names = tuple(spec.name for spec in served.outputs)
+            loaded.fast = (
+                option.p95_ms is not None
+                and option.p95_ms < INLINE_P95_MS
+                and session.stoppable
+                and option.digest not in self._not_for_the_loop
+            )
             if (before := self._hot.get(key)) is not None:
                 self._retire(before)
             self._hot[key] = loaded
             return loaded
         raise DamagedError(f"model '{served.model}': no variant can answer: {'; '.join(failures)}")
 
+    async def _open_in_thread(self, option: Option) -> Session:
+        """Load off the serving path. A load that never ends loses its thread, and the others get a new one."""
+        opening = asyncio.get_running_loop().run_in_executor(self._loader, self._open, option)
+        done, _ = await asyncio.wait([opening], timeout=self._limits.load_s)
+        if not done:
+            self._loader.shutdown(wait=False)
+            self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
+            self._lost += 1
+            raise DamagedError(f"cannot load model: not done within {self._limits.load_s:g} s")
+        return opening.result()
+
     def _open(self, option: Option) -> Session:
         """Decrypt and load; in the loader's thread."""
+        self._fence()
         runtime = self._load_runtime(option.runtime)
         with option.open_model() as model:
             return runtime.load(model.fd, LoadOptions(option.provider, option.threads, option.parameters))
@@ -358,9 +461,15 @@ class Engine:
         if not loaded.busy:
             loaded.session.close()
 
-    def _release(self, loaded: Loaded, done: asyncio.Future[InferResponse]) -> None:
-        if not done.cancelled():
-            done.exception()  # seen: nobody may be waiting any more
+    def _release(self, loaded: Loaded, request: InferRequest, halt: Halt, done: asyncio.Future[InferResponse]) -> None:
+        self._halts.discard(halt)
+        if not done.cancelled() and done.exception() is None:  # seen: nobody may be waiting any more
+            compute_us = done.result().parameters["compute_us"]
+            if loaded.fast and compute_us < _QUICK_US and len(loaded.quick) < _MOST_SHAPES:
+                loaded.quick.add(shapes_of(request))
+        if loaded.outgrown and not loaded.retired:
+            _LOG.warning("model %s %s: dropped from memory, it asked for far more than measured", *loaded.key)
+            self._retire(loaded)
         if loaded.turn is not None:
             loaded.turn.release()
         self._let_go(loaded)

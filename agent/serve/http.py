@@ -223,6 +223,9 @@ class Connection:
             except AgentError as error:
                 self._refuse(error)
                 return
+            except MemoryError:
+                self._refuse(TryLaterError("cannot take request: memory is short"))
+                return
         else:
             self._stream.pause()
             self._owner.loop.call_soon(self._next)

@@ -148,19 +148,20 @@ class OneAtATime:
 
         class Session:
             concurrent = False
+            stoppable = True
 
             def __init__(self, session):
                 self._session = session
                 self.inputs, self.outputs, self.provider = session.inputs, session.outputs, session.provider
                 self.close = session.close
 
-            def run(self, inputs, outputs):
+            def run(self, inputs, outputs, halt):
                 watch.at_once += 1
                 watch.runs += 1
                 watch.most_at_once = max(watch.most_at_once, watch.at_once)
                 try:
                     assert watch.gate.wait(20)
-                    return self._session.run(inputs, outputs)
+                    return self._session.run(inputs, outputs, halt)
                 finally:
                     watch.at_once -= 1
 

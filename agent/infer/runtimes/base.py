@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from agent.bundles.manifest import TensorSpec
+    from agent.infer.halting import Halt
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,13 @@ class Session(Protocol):
     provider: str
     #: Whether ``run`` may be called from several threads at once.
     concurrent: bool
+    #: Whether ``run`` ends when its ``halt`` is requested. Others keep their thread until they end by themselves.
+    stoppable: bool
 
-    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
-        """One answer. Raises PeerError for inputs that the model refuses."""
+    def run(
+        self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str], halt: Halt | None = None
+    ) -> list[NDArray[Any]]:
+        """One answer. PeerError for inputs that the model refuses, DeadlineError when ``halt`` ended it."""
         ...
 
     def close(self) -> None:

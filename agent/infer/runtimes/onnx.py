@@ -7,17 +7,20 @@ Idle spinning is off, since it costs half a core at ten requests a second.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from agent.base.datatypes import Datatype
-from agent.base.errors import DamagedError, PeerError, TryLaterError, UnsupportedError
+from agent.base.errors import DamagedError, DeadlineError, PeerError, TryLaterError, UnsupportedError
 from agent.bundles.manifest import TensorSpec
 from agent.infer.runtimes.base import LoadOptions
 from agent.infer.runtimes.failures import is_shortage, one_line, return_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from agent.infer.halting import Halt
 
 _DATATYPES: dict[str, Datatype] = {
     "tensor(bool)": "BOOL",
@@ -51,8 +54,9 @@ class OnnxRuntime:
             raise UnsupportedError(
                 f"cannot load runtime 'onnx': {error}", hint="install the extra: pip install 'edge-agent[onnx]'"
             ) from error
-        # Severity 3 = errors only: warnings about every unoptimised node are no news to anybody here.
-        onnxruntime.set_default_logger_severity(3)
+        # Severity 4 = nothing: errors come as exceptions, and its lines would bring a model's own words, whatever
+        # characters they hold, into the log.
+        onnxruntime.set_default_logger_severity(4)
         self._library = onnxruntime
         self._errors = _exceptions_of(onnxruntime)
         self.version: str = onnxruntime.__version__
@@ -76,16 +80,18 @@ class OnnxRuntime:
             if is_shortage(error):
                 raise TryLaterError(f"cannot load model: out of memory: {one_line(error)}") from error
             raise DamagedError(f"cannot load model: ONNX Runtime: {one_line(error)}") from error
-        return OnnxSession(session, self._errors)
+        return OnnxSession(session, self._library.RunOptions, self._errors)
 
 
 class OnnxSession:
     """An ``InferenceSession``; ``run`` releases the GIL and may be called from several threads."""
 
     concurrent = True
+    stoppable = True
 
-    def __init__(self, session: Any, errors: tuple[type[Exception], ...]) -> None:
+    def __init__(self, session: Any, options: Callable[[], Any], errors: tuple[type[Exception], ...]) -> None:
         self._session = session
+        self._options = options
         self._errors = errors
         self.inputs = tuple(_spec(node) for node in session.get_inputs()) + tuple(
             _spec(node, optional=True) for node in session.get_overridable_initializers()
@@ -95,13 +101,25 @@ class OnnxSession:
         self._strings = frozenset(spec.name for spec in self.inputs if spec.datatype == "BYTES")
         self._string_outputs = frozenset(spec.name for spec in self.outputs if spec.datatype == "BYTES")
 
-    def run(self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> list[NDArray[Any]]:
-        """One answer; strings go in and come out as ``bytes``. PeerError with the runtime's reason, TryLaterError."""
+    def run(
+        self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str], halt: Halt | None = None
+    ) -> list[NDArray[Any]]:
+        """One answer; strings go in and come out as ``bytes``.
+
+        PeerError with the runtime's reason, TryLaterError; DeadlineError when ``halt`` ended it between two operators.
+        """
+        options = None
+        if halt is not None:
+            options = self._options()
+            options.log_severity_level = 4
+            halt.bind(partial(setattr, options, "terminate", True))
         if self._strings:
             inputs = {name: _text(name, a) if name in self._strings else a for name, a in inputs.items()}
         try:
-            answers: list[NDArray[Any]] = self._session.run(list(outputs), inputs)
+            answers: list[NDArray[Any]] = self._session.run(list(outputs), inputs, options)
         except self._errors as error:
+            if halt is not None and halt.requested:
+                raise DeadlineError("cannot run model: it was told to end") from error
             if is_shortage(error):
                 raise TryLaterError(f"cannot run model: out of memory: {one_line(error)}") from error
             raise PeerError(f"cannot run model: ONNX Runtime: {one_line(error)}") from error
