@@ -19,8 +19,8 @@ _MADV_DONTNEED = 4
 def settle() -> None:
     """Give back what the start no longer needs, and spare the garbage collector what it has made.
 
-    Some two hundred thousand objects live until the end: a full collection would walk them for 20 ms and more, in the
-    middle of a request.
+    Some forty thousand objects live until the end: a full collection would walk them for 20 ms, and for many times that
+    on a small board, in the middle of a request.
     """
     gc.freeze()
     libc = ctypes.CDLL(None)
