@@ -16,6 +16,7 @@ import pwd
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ from agent.operations.install import Installer, Serving
 from agent.operations.maintain import Maintenance
 from agent.operations.measured import Choice, ChooseVariant, DeviceView, outdated
 from agent.operations.shelving import shelf_from
-from agent.serve.access import ModelRule, ModelRules, admin_rights
+from agent.serve.access import ModelRule, ModelRules
+from agent.serve.admin import ADMIN_LIMITS, admin_server
 from agent.serve.inference import Inference
 from agent.serve.limits import MIB, Limits
 from agent.serve.routes import RouteTable
@@ -51,7 +53,8 @@ from agent.store.keys import DeviceKeys
 from agent.store.store import Store
 
 _LOG = logging.getLogger("edge_agent.core")
-_ADMIN_LIMITS = Limits(descriptors=1, connections=64, connections_per_uid=32, idle_s=600.0, pipelining=False)
+#: One file a request; an operator's connection may idle for long.
+_ADMIN_LIMITS = replace(ADMIN_LIMITS, descriptors=1, idle_s=600.0)
 
 
 class Core:
@@ -153,13 +156,17 @@ class Core:
     # -- serving ------------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        config, uid, limits = self._config, os.getuid(), _infer_limits(self._config)
-        inference = Inference(self._engine, limits=limits, rules=self._rules, labels=self._engine.labels)
+        config, limits = self._config, _infer_limits(self._config)
+        inference = Inference(
+            self._engine,
+            limits=limits,
+            rules=self._rules,
+            labels=self._engine.labels,
+            metrics=[self._socket_metrics],
+        )
         self._infer = Server(RouteTable(inference.routes()), limits)
         api = AdminApi(self._store, self._installer, self._maintenance, self._operations, self._status, self._diagnose)
-        self._admin = Server(
-            RouteTable(api.routes()), _ADMIN_LIMITS, rights=admin_rights(uid, _uid_of(config.sockets.link_user))
-        )
+        self._admin = admin_server(api.routes(), link_uid=_uid_of(config.sockets.link_user), limits=_ADMIN_LIMITS)
         passed = adopt_sockets(self._handover.descriptors, {"infer", "admin"})
         for name, server, path, group in (
             ("infer", self._infer, self._paths.infer_socket, _gid_of(config.sockets.infer_group)),
@@ -217,6 +224,9 @@ class Core:
             _LOG.warning("models were not reviewed: %s", error)
 
     # -- what the parts call ------------------------------------------------------------------------------------------
+
+    def _socket_metrics(self) -> list[str]:
+        return self._infer.metrics()
 
     def _show(self, document: CatalogDocument) -> None:
         self._engine.put(shelf_from(document, self._store.read, self._device.threads))
@@ -310,6 +320,8 @@ def _infer_limits(config: Config) -> Limits:
         write_s=server.deadline_s,
         connections=server.max_connections,
         connections_per_uid=server.connections_per_uid,
+        bytes_per_uid=server.buffered_mb_per_uid * MIB,
+        bytes_total=server.max_buffered_mb * MIB,
     )
 
 

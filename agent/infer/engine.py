@@ -24,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agent import __version__
-from agent.base.errors import DamagedError, DeadlineError, NotFoundError, TryLaterError, UnsupportedError
+from agent.base.errors import DamagedError, DeadlineError, PeerError, TryLaterError, UnsupportedError
 from agent.base.memory import resident_mb
 from agent.infer.halting import Halt, LoopGuard
 from agent.infer.runners import Job, Runners
@@ -353,7 +353,7 @@ class Engine:
         names = tuple(output.name for output in request.outputs)
         for name in names:
             if name not in loaded.outputs:
-                raise NotFoundError(f"output '{name}': no such output; the model has {', '.join(loaded.output_names)}")
+                raise PeerError(f"output '{name}': no such output; the model has {', '.join(loaded.output_names)}")
         return names
 
     # -- loading and evicting -------------------------------------------------------------------------------------

@@ -506,7 +506,7 @@ def test_wrong_tensors_name_the_field(running):
             client.infer("m", {"x": X[:, :5]})
         with pytest.raises(PeerError, match="input 'x': datatype FP64"):
             client.infer("m", {"x": X.astype(np.float64)})
-        with pytest.raises(NotFoundError, match="output 'nope'"):
+        with pytest.raises(PeerError, match="output 'nope'"):
             client.infer("m", {"x": X}, outputs=["nope"])
         assert client.infer("m", {"x": X})["y"].shape == (1, 4)
 

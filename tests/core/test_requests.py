@@ -108,7 +108,7 @@ ZOO = {
     "text for a number": (infer(tensor(data=["one"] * 16)), 400, "x"),
     "NaN": (infer(json.dumps(tensor(data=[float("nan")] * 16)).encode()), 400, "NaN"),
     "Infinity": (infer(json.dumps(tensor(data=[float("inf")] * 16)).encode()), 400, "Infinity"),
-    "unknown output": (infer({**tensor(), "outputs": [{"name": "nope"}]}), 404, "nope"),
+    "unknown output": (infer({**tensor(), "outputs": [{"name": "nope"}]}), 400, "nope"),
     "not JSON": (infer(b"hello"), 400, "JSON"),
     "not UTF-8": (infer(b'{"id": "\xff"}'), 400, "UTF-8"),
     "nested 100,000 deep": (infer(b"[" * 100_000), 400, "nested"),

@@ -290,7 +290,7 @@ def test_a_wrong_request_costs_no_load():
             with pytest.raises(PeerError, match=text):
                 await answer(engine, "m", bad)
         assert blob.opened == 0
-        with pytest.raises(NotFoundError, match="output 'nope'"):
+        with pytest.raises(PeerError, match="output 'nope'"):
             await answer(engine, "m", ask(outputs=(RequestedOutput("nope"),)))
         with pytest.raises(NotFoundError, match="no such model"):
             await answer(engine, "other")
