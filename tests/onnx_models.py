@@ -177,3 +177,16 @@ def filling():
         [tensor("n", [1], TensorProto.INT64)],
         [tensor("y", [1])],
     )
+
+
+def elsewhere(location):
+    """x[n] -> y[16] UINT8: the bytes that lie at ``location``, which is no part of the file."""
+    kept = TensorProto(name="w", data_type=TensorProto.UINT8, dims=[16], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", "0"), ("length", "16")):
+        kept.external_data.add(key=key, value=value)
+    return model(
+        [helper.make_node("Identity", ["w"], ["y"]), helper.make_node("Identity", ["x"], ["z"])],
+        [tensor("x", ["n"])],
+        [tensor("y", [16], TensorProto.UINT8), tensor("z", ["n"])],
+        [kept],
+    )

@@ -141,6 +141,8 @@ def _walk_function(reader: WireReader, function: Message, found: _Found) -> None
     for number, value in reader.fields(function):
         if number == 7 and isinstance(value, Message):
             _walk_node(reader, value, found)
+        elif number == 11 and isinstance(value, Message):  # attributes with their defaults
+            _walk_attribute(reader, value, found)
 
 
 def _walk_node(reader: WireReader, node: Message, found: _Found) -> None:

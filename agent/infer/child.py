@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.base.errors import AgentError, PeerError, TryLaterError
+from agent.base.errors import AgentError, DamagedError, PeerError, TryLaterError
 from agent.infer.sandbox import Limits, confine, interpreter_folders
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class Child:
         from agent.infer.runtimes.base import LoadOptions, load_runtime  # noqa: PLC0415 - as above
 
         options = LoadOptions(request["provider"], request["threads"], request.get("parameters", {}))
+        self._require_whole(request["runtime"])
         runtime = load_runtime(request["runtime"])
         self._rss_before_load = _status_kb("VmRSS")
         start = time.perf_counter()
@@ -86,6 +87,21 @@ class Child:
             "inputs": [spec.model_dump() for spec in session.inputs],
             "outputs": [spec.model_dump() for spec in session.outputs],
         }
+
+    def _require_whole(self, runtime: str) -> None:
+        """DamagedError for an ONNX model that is none, or keeps tensors elsewhere.
+
+        **Measured**: ONNX Runtime up to 1.22 takes such a "file" to be any file of the process, any descriptor that it
+        holds, and any address of its memory. Here that is harmless; in the daemon it would be another model, or a key.
+        """
+        if runtime == "onnx":
+            from agent.bundles.onnx_signature import read_signature  # noqa: PLC0415 - only for ONNX
+
+            try:
+                read_signature(self._model, os.fstat(self._model).st_size)
+            except PeerError as error:
+                text = str(error).replace("cannot read model file", "cannot load model")
+                raise DamagedError(text.replace("cannot use model file", "cannot load model")) from error
 
     def check(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Agreement with the golden outputs, or for made-up inputs only whether the model answers."""

@@ -85,7 +85,7 @@ class VariantChooser:
         document = explain(manifest, verdicts, priors, decision, device.facts, device.profile)
         return Choice(
             chosen=decision.winner,
-            document={"order": _order(decision, priors), "explain": document},
+            document={"order": _order(decision), "explain": document},
             measurements={m.candidate_id: m.to_json() for m in measurements},
             quarantine=_counted(quarantine, measurements).to_json(),
             why=_why_not(decision, verdicts),
@@ -240,12 +240,14 @@ def _counted(before: QuarantineState, measurements: Sequence[Measurement]) -> Qu
     return state
 
 
-def _order(decision: Decision, priors: Sequence[Prior]) -> list[str]:
-    """Who answers, and who answers when that fails: winner, then who was tried and right, then who was not tried."""
+def _order(decision: Decision) -> list[str]:
+    """Who answers, and who answers when that fails: the winner, then whoever else was tried and right.
+
+    Never who was not tried: what crashes, hangs or eats memory shall do so in a trial child, not in the daemon.
+    """
     lost = [row for row in decision.rows if row.status == "lost"]
     lost.sort(key=lambda row: (row.measurement.p50_ms or float("inf")) if row.measurement else float("inf"))
-    untried = [row.candidate_id for row in decision.rows if row.status == "untried"]
-    return [*([decision.winner] if decision.winner else []), *(row.candidate_id for row in lost), *untried]
+    return [*([decision.winner] if decision.winner else []), *(row.candidate_id for row in lost)]
 
 
 def _hint(verdicts: Sequence[Verdict], inventory: RuntimeInventory, device: DeviceView) -> str:

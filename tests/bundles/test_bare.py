@@ -167,6 +167,13 @@ def in_a_function() -> onnx.ModelProto:
     return file
 
 
+def in_a_functions_default() -> onnx.ModelProto:
+    file = model()
+    function = file.functions.add(name="f", domain="d")
+    function.attribute_proto.append(helper.make_attribute("a", external()))
+    return file
+
+
 def in_a_sparse_tensor() -> onnx.ModelProto:
     file = model()
     file.graph.sparse_initializer.add().values.CopyFrom(external())
@@ -174,8 +181,12 @@ def in_a_sparse_tensor() -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: model(weights=[external()]), in_a_constant, in_a_branch, in_a_function, in_a_sparse_tensor]
-)
+    "make",
+    [
+        lambda: model(weights=[external()]), in_a_constant, in_a_branch, in_a_function, in_a_functions_default,
+        in_a_sparse_tensor,
+    ],
+)  # fmt: skip
 def test_tensors_in_other_files_are_refused_wherever_they_hide(make: Callable[[], onnx.ModelProto]) -> None:
     with pytest.raises(PeerError, match="external data"):
         described(make())

@@ -115,6 +115,13 @@ def test_a_bad_model_is_rejected_with_its_reason_and_the_good_one_is_measured(na
     assert seen["good"].rounds == 4
 
 
+@pytest.mark.parametrize("location", ["../../../etc/passwd", "3", "*/_ORT_MEM_ADDR_/*"])
+def test_a_model_that_keeps_tensors_elsewhere_never_reaches_the_runtime(location):
+    seen = run(entrant("spy", onnx_models.elsewhere(location)))["spy"]
+    assert seen.failure == "load"
+    assert "is kept in another file" in seen.reason
+
+
 def test_a_model_that_disagrees_with_the_golden_set_is_rejected():
     inputs = {"x": np.random.default_rng(3).standard_normal((40, 16)).astype(np.float32)}
     outputs = answers(onnx_models.linear(seed=0), inputs)

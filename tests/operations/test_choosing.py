@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from agent.bundles.manifest import Manifest
-from agent.operations.choosing import departure, spread
+from agent.operations.choosing import _order, departure, spread
+from agent.selection.choice import choose
+from agent.selection.measurements import Measurement, measurement_key
 from agent.selection.prior import Prior
 from agent.selection.rules import Candidate
 
@@ -22,6 +24,19 @@ def test_every_variant_gets_a_turn_before_one_takes_all_places():
     assert [candidate.id for candidate in spread(ranked)] == [
         "int8@CUDA", "fp16@CUDA", "fp32@CPU", "int8@CPU", "fp16@CPU",
     ]  # fmt: skip
+
+
+def test_only_who_was_tried_and_right_may_answer_when_the_winner_fails():
+    def measured(candidate, ms):
+        key = measurement_key(
+            variant_digest=candidate, runtime="onnx", runtime_version="1", provider="CPU", threads=1, features={}
+        )
+        return Measurement.from_samples(candidate, key, "s", [[ms] * 5] * 12)
+
+    bad = Measurement.rejected("bad@CPU", measured("bad@CPU", 1.0).key, "crash", "crashed")
+    ranked = [prior(name, "CPU", 1) for name in ("untried", "slow", "bad", "fast")]
+    seen = choose(manifest().policy, [measured("slow@CPU", 9.0), measured("fast@CPU", 1.0), bad], ranked)
+    assert _order(seen) == ["fast@CPU", "slow@CPU"]
 
 
 def manifest(shape=(-1, 16), datatype="FP32", *, optional=False):
