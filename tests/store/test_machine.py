@@ -82,18 +82,35 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = self.opened()
         assert self.store.notes == ()
 
-    @rule(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), pick=st.integers(0, 100))
-    def damage(self, place, bit, pick):
-        """One bit of one payload, for good."""
+    @rule(
+        place=st.floats(0, 1, exclude_max=True),
+        which=st.sampled_from(["payload", "header"]),
+        how=st.sampled_from(["flip", "cut", "grow", "delete", "another's"]),
+        pick=st.integers(0, 100),
+    )
+    def damage(self, place, which, how, pick):
+        """One file of one blob, for good."""
         whole = sorted(set(self.installed) - self.damaged)
-        if whole:
-            model, version = whole[pick % len(whole)]
-            ref = self.store.document.find(model, version, "m.onnx")
-            path = self.store.root / "blobs" / ref.payload
-            data = bytearray(path.read_bytes())
-            data[int(place * len(data))] ^= 1 << bit
-            path.write_bytes(data)
-            self.damaged.add((model, version))
+        if not whole:
+            return
+        model, version = whole[pick % len(whole)]
+        ref = self.store.document.find(model, version, "m.onnx")
+        path = self.store.root / "blobs" / getattr(ref, which)
+        data = path.read_bytes()
+        at = int(place * len(data))
+        if how == "delete":
+            path.unlink()
+        elif how == "another's":
+            # The newest other one, of the same kind: authentic, and not this blob's.
+            others = [other for other in self.store.document.refs() if getattr(other, which) != path.name]
+            another = self.store.root / "blobs" / getattr(others[-1], which) if others else None
+            path.write_bytes(another.read_bytes() if another is not None and another.exists() else b"")
+        else:
+            flipped = data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
+            path.write_bytes({"flip": flipped, "cut": data[:at], "grow": data + b"x"}[how])
+        if path.exists() and path.read_bytes() == data:
+            return
+        self.damaged.add((model, version))
 
     @rule()
     def verify(self):
