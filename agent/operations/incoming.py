@@ -6,6 +6,7 @@ operation waiting. So a pipe is read only when there is something in it; in betw
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import select
@@ -32,6 +33,9 @@ def opened(descriptor: int, go_on: Callable[[], None], *, idle_s: float = PIPE_I
     ``go_on`` is called while a pipe is waited for; what it raises comes out of the read.
     """
     mode = os.fstat(descriptor).st_mode
+    access = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    if access & (os.O_WRONLY | os.O_PATH):
+        raise PeerError("cannot add model: the descriptor is not open for reading")
     if stat.S_ISREG(mode):
         return os.fdopen(os.dup(descriptor), "rb", buffering=0)
     if stat.S_ISFIFO(mode):
@@ -71,6 +75,13 @@ class _Pipe(io.RawIOBase):
 
 def contents(stream: BinaryIO, *, file_name: str = "", name: str | None = None) -> Contents:
     """The manifest and the files behind it, of a bundle or a bare model. PeerError and its kin."""
+    try:
+        return _contents(stream, file_name, name)
+    except OSError as error:  # a file system that fails: a stick pulled out, a server gone
+        raise PeerError(f"cannot read model file: {error.strerror}") from error
+
+
+def _contents(stream: BinaryIO, file_name: str, name: str | None) -> Contents:
     # Readers of hostile files are a good part of the code, and a device that has its models needs none of it.
     from agent.bundles import bare  # noqa: PLC0415 - see above
     from agent.bundles.archive import BundleReader  # noqa: PLC0415

@@ -94,3 +94,24 @@ def test_a_name_that_is_none_is_the_callers_error(tmp_path, name):
             contents(stream, name=name)
     finally:
         os.close(descriptor)
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_PATH])
+def test_a_descriptor_that_cannot_be_read_is_the_callers_error(tmp_path, flags):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(onnx_models.linear())
+    descriptor = os.open(path, flags)
+    try:
+        with pytest.raises(PeerError, match="not open for reading"):
+            opened(descriptor, going_on)
+    finally:
+        os.close(descriptor)
+
+
+def test_a_file_system_that_fails_is_the_callers_error():
+    descriptor = os.open("/proc/self/mem", os.O_RDONLY)  # reading address 0 is EIO
+    try:
+        with opened(descriptor, going_on) as stream, pytest.raises(PeerError, match="Input/output error"):
+            contents(stream)
+    finally:
+        os.close(descriptor)
