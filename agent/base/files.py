@@ -10,10 +10,11 @@ import contextlib
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent.base.errors import ConflictError
+from agent.base.errors import ConflictError, RefusedError
 
 #: Temporary names start with this, so that a sweep can recognise what a kill left behind.
 TEMPORARY_PREFIX = ".tmp-"
@@ -26,6 +27,17 @@ def fsync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_own(path: Path) -> None:
+    """RefusedError where another user owns the folder, or could put something of his own into it. Raises OSError."""
+    status = os.stat(path)
+    if status.st_uid not in (0, os.geteuid()):
+        raise RefusedError(
+            f"cannot use {path}: it belongs to another user (uid {status.st_uid})", hint="choose a folder of your own"
+        )
+    if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+        raise RefusedError(f"cannot use {path}: other users may write to it", hint=f"chmod go-w {path}")
 
 
 def temporary_name(path: Path) -> Path:

@@ -26,6 +26,7 @@ from agent.base import config as configuration
 from agent.base.clock import SystemClock
 from agent.base.config import Config, Paths
 from agent.base.errors import AgentError, ConfigError
+from agent.base.files import require_own
 from agent.base.hardening import forbid_inspection, lock_memory
 from agent.base.memory import Fence
 from agent.base.systemd import Handover, Notifier, adopt_sockets
@@ -303,6 +304,8 @@ def _make_private(paths: Paths) -> None:
     try:
         paths.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         paths.run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
+        require_own(paths.state_dir)
+        require_own(paths.run_dir)
     except OSError as error:
         raise ConfigError(
             f"cannot use {error.filename}: {error.strerror}", hint="choose folders with --state-dir and --run-dir"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -82,3 +83,27 @@ def test_memory_that_one_value_asks_for_is_refused_or_given_back(running):
             client.infer("fill", {"n": np.array([1 << 40])})
         assert client.infer("fill", {"n": np.array([10])})["y"] == [10]
     assert running.json("status")["process"]["rss_mb"] < before + 150
+
+
+@pytest.mark.parametrize("name", ["state", "run"])
+def test_a_folder_that_others_may_write_to_is_refused(agent, name):
+    # Whoever may rename in it swaps the keys, or puts a socket of his own in the place of admin.sock.
+    folder = agent.folder / name
+    folder.mkdir()
+    folder.chmod(0o777)
+    agent.start(ready=False)
+    assert agent.process.wait(timeout=30) == 1
+    agent.process = None
+    assert "other users may write to it" in agent.log.read_text()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a folder of somebody else")
+@pytest.mark.parametrize("name", ["state", "run"])
+def test_a_folder_of_another_user_is_refused(agent, name):
+    folder = agent.folder / name
+    folder.mkdir()
+    os.chown(folder, 12345, 12345)
+    agent.start(ready=False)
+    assert agent.process.wait(timeout=30) == 1
+    agent.process = None
+    assert "belongs to another user" in agent.log.read_text()
