@@ -7,6 +7,7 @@ as a ``PeerError`` that names the field.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal
 
@@ -44,6 +45,22 @@ Text = Annotated[str, StringConstraints(max_length=4096)]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _all_finite(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Numbers too large for a float, and what some writers call NaN, cannot be said in JSON again."""
+    waiting: list[JsonValue] = [values]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (dict, list)):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("must hold finite numbers")
+    return values
+
+
+#: Whatever the packer wants to say beside the fields that have a meaning here.
+FreeValues = Annotated[dict[str, JsonValue], AfterValidator(_all_finite)]
 
 Runtime = Literal["onnx", "tflite"]
 GoldenMetric = Literal["top1", "cosine", "max_abs"]
@@ -91,7 +108,7 @@ class Technique(_Part):
     """How a variant was compressed: quantized, pruned, distilled, low-rank, weight-shared …, with free parameters."""
 
     name: ShortText
-    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    parameters: FreeValues = Field(default_factory=dict)
 
 
 def _relative_file(path: str) -> str:
@@ -141,7 +158,7 @@ class Variant(_Part):
     file: FileRef
     requires: Requires = Requires()
     quality: Quality | None = None
-    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    parameters: FreeValues = Field(default_factory=dict)
 
 
 class Golden(_Part):
@@ -162,7 +179,7 @@ class Policy(_Part):
     prefer: Literal["latency", "accuracy", "energy", "memory"] = "latency"
     min_quality: Finite | None = None
     max_latency_ms: Annotated[Finite, Field(gt=0)] | None = None
-    cascade: dict[str, JsonValue] | None = None
+    cascade: FreeValues | None = None
 
 
 class CachePolicy(_Part):
