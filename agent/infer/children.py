@@ -25,6 +25,8 @@ from agent.base.errors import AgentError, TryLaterError
 
 _MB = 1 << 20
 _POLL_S = 0.05
+#: For the start of a child to become visible; it takes microseconds.
+_WATCH_S = 2.0
 _MAX_ANSWER_BYTES = 4 * _MB
 #: Threads of numpy's and the runtime's pools: some for each core, and those that keep house.
 _MAX_THREADS = 64 + 4 * (os.cpu_count() or 1)
@@ -203,11 +205,17 @@ class ChildProcess:
         Where /proc hides what may not be traced, the child is then hidden from us too, but an open file stays readable.
         """
         self._status = -1
-        try:
-            return os.open(f"/proc/{self.pid}/status", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            self.close()  # nobody would see it grow
-            raise TryLaterError(f"cannot watch a trial: {error.strerror}") from error
+        patience = time.monotonic() + _WATCH_S
+        while True:
+            try:
+                return os.open(f"/proc/{self.pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                # The kernel closes what Popen waits for a moment before it makes the new program readable, so that for
+                # this moment a child of an undumpable process is hidden as its parent would be.
+                if time.monotonic() > patience or self._process.poll() is not None:
+                    self.close()  # nobody would see it grow
+                    raise TryLaterError(f"cannot watch a trial: {error.strerror}") from error
+                time.sleep(0.0005)
 
     def _holds(self) -> tuple[int, int]:
         """Memory of its own in KB and number of threads; 0 when the process is gone. Costs no page walk."""
