@@ -190,12 +190,14 @@ def killed_at_any_moment(folder: Path, kills: int, size: int, seed: int) -> None
         assert in_child(partial(open_and_do, folder, number, size))[1] == 1
         durations.append(time.monotonic() - began)
     killed = 0
-    for number in range(4, 4 + 5 * kills):
+    for number in range(4, 4 + 10 * kills):
         with opened(folder) as store:
             before = listed(store.document)
         task = partial(open_and_do, folder, number, size)
         status, done = in_child(task, kill_after=chance.uniform(0, durations[number % 4]))
         killed += os.WIFSIGNALED(status)
+        if not os.WIFSIGNALED(status):  # the machine has become quieter than it was when the duration was taken
+            durations[number % 4] *= 0.7
         after = expected(before, number, size)
         require_sound(folder, [after] if done else [before, after], f"operation {number}")
         if killed == kills:
