@@ -212,7 +212,7 @@ def test_a_directory_is_added_as_a_bundle(running):
     [
         (b"", "empty"),
         (b"hello world" * 50, "no ONNX file"),
-        (b"\0\0\0\0TFL3" + b"\0" * 600, "TFLite|tflite"),
+        (b"\0\0\0\0TFL3" + b"\0" * 600, "TFLite|damaged"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "LFS|pointer"),
         (onnx_models.linear()[:-40], "ONNX|cut|damaged"),
     ],
