@@ -30,7 +30,7 @@ if [ -t 1 ]; then bold=$'\033[1m' plain=$'\033[0m'; fi
 chapter() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
 
 need_tool curl curl
-ensure_venv "$ROOT/.venv" device,pack
+ensure_venv "$ROOT/.venv" demo
 bin="$ROOT/.venv/bin"
 
 # A short path: a socket's has 107 bytes at most.
@@ -74,9 +74,10 @@ start_core() {
 chapter "1. What is this device?"
 "$bin/edge-agent" detect
 
-chapter "2. Four variants of one model, made and measured on the operator's side"
+chapter "2. Six variants of one model for two runtimes, made and measured on the operator's side"
 "$bin/edge-fleet" pack deploy/demo/digits.onnx --calibrate deploy/demo/digits-calibrate.npz \
     --golden deploy/demo/digits-golden.npz --metric cosine --threshold 0.99 \
+    --add deploy/demo/digits-fp32.tflite --add deploy/demo/digits-int8.tflite \
     --labels deploy/demo/digits-labels.txt -o "$folder/digits.edgemodel"
 
 chapter "3. The agent tries each of them here, and keeps them encrypted"

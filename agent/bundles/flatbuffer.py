@@ -237,4 +237,4 @@ class FlatReader:
 
 def malformed() -> PeerError:
     """What is wrong with a file that contradicts itself."""
-    return PeerError("cannot read model file: it is damaged or cut short")
+    return PeerError("cannot read model file: it is no TFLite file, or it is damaged or cut short")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +24,7 @@ from agent.cli.terminal import (
     print_json,
     print_table,
 )
+from agent.fleet.added import Added
 from agent.fleet.pack import Packed, pack_folder
 from agent.fleet.variants import VARIANTS, PackOptions, pack_model
 
@@ -72,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--min-quality", type=_finite, metavar="X", help="no variant below this quality is chosen")
     model.add_argument("--max-latency-ms", type=_finite, metavar="MS", help="no variant slower than this is chosen")
     model.add_argument("--variants", type=_variants, metavar="LIST", help=f"some of {','.join(VARIANTS)} (default all)")
+    model.add_argument(
+        "--add", type=_added, action="append", metavar="FILE[:ID]", help="a variant made elsewhere, .tflite or .onnx"
+    )
     model.add_argument("--labels", metavar="FILE", type=Path, help="names of the classes, one a line")
     for text in ("task", "description", "license"):
         model.add_argument(f"--{text}", help="free text for the manifest")
@@ -93,8 +98,18 @@ def _variants(text: str) -> tuple[str, ...]:
     return wanted
 
 
+def _added(text: str) -> Added:
+    """``FILE`` or ``FILE:ID``; a file whose name has a colon is taken for what it is."""
+    path, colon, name = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Added(Path(text))
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is no id: lower-case letters, digits, '.', '_' and '-'")
+    return Added(Path(path), name)
+
+
 _ONLY_FOR_MODELS = (
-    "calibrate", "golden", "name", "version", "metric", "threshold", "prefer", "min_quality", "max_latency_ms",
+    "add", "calibrate", "golden", "name", "version", "metric", "threshold", "prefer", "min_quality", "max_latency_ms",
     "variants", "labels", "task", "description", "license",
 )  # fmt: skip
 
@@ -127,6 +142,7 @@ def _pack_options(options: argparse.Namespace) -> PackOptions:
         calibrate=options.calibrate,
         golden=options.golden,
         out=options.out,
+        add=tuple(options.add or ()),
         policy={name: value for name, value in policy.items() if value is not None},
         about={name: value for name, value in about.items() if value is not None},
         **{name: value for name, value in given.items() if value is not None},

@@ -13,10 +13,11 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from agent.base.errors import AgentError, PeerError
+from agent.base.errors import AgentError, PeerError, UnsupportedError
 from agent.bundles.agreement import (
     INPUT,
     OUTPUT,
@@ -42,6 +43,7 @@ from agent.bundles.manifest import (
 from agent.bundles.onnx_signature import Signature
 from agent.bundles.tflite_signature import TfliteSignature
 from agent.fleet import quantize
+from agent.fleet.added import Added, answers, describe
 from agent.fleet.pack import Packed, Progress, check_signature, file_ref, scratch_folder, signature_of, write_bundle
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ class PackOptions:
     metric: GoldenMetric = "top1"
     threshold: float | None = None
     variants: tuple[VariantId, ...] | None = None
+    add: tuple[Added, ...] = ()
     policy: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -110,17 +113,21 @@ def pack_model(options: PackOptions, progress: Progress) -> Packed:
     with scratch_folder(options.out) as scratch:
         calibration = _feeds(options.calibrate, signature) if options.calibrate else ()
         made, left_out = _make_variants(options, scratch, calibration, progress)
+        variants = [*_described(made), *map(describe, options.add)]
         reference = _reference(options, signature, progress)
-        files: dict[str, Path | bytes] = {path.name: path for path in made.values()}
-        if reference is not None:
-            files[GOLDEN_NAME] = _golden_file(reference)
-        manifest = _manifest(options, signature, made, files.get(GOLDEN_NAME), golden)
+        golden_file = None if reference is None else _golden_file(reference)
+        manifest = _manifest(options, signature, variants, golden_file, golden)
+        paths = [*made.values(), *(added.path for added in options.add)]
+        files: dict[str, Path | bytes] = {v.file.name: path for v, path in zip(variants, paths, strict=True)}
+        if golden_file is not None:
+            files[GOLDEN_NAME] = golden_file
         rated = []
-        for variant in manifest.variants:
-            path = scratch / variant.file.name
+        for variant, path in zip(manifest.variants, paths, strict=True):
             try:
                 check_signature(manifest, variant, signature_of(path))
                 rated.append(variant if reference is None else _rated(variant, path, reference, options, progress))
+            except UnsupportedError as error:  # an added one whose runtime is not installed here
+                left_out[variant.id] = f"{error}{f' ({error.hint})' if error.hint else ''}"
             except AgentError as error:
                 _leave_out(options, left_out, variant.id, str(error))
         manifest = manifest.model_copy(update={"variants": tuple(rated)})
@@ -134,7 +141,7 @@ def _fp32_signature(model: Path) -> Signature:
     if isinstance(signature, TfliteSignature):
         raise PeerError(
             f"cannot pack {model.name}: variants are made from an ONNX model, this one is TFLite",
-            hint="put it into a folder with a model.json: edge-fleet pack DIR",
+            hint="add it to an ONNX model with --add, or put it into a folder with a model.json: edge-fleet pack DIR",
         )
     if signature.precision != "fp32":
         raise PeerError(
@@ -243,7 +250,7 @@ def _make(
 
 
 def _leave_out(options: PackOptions, left_out: dict[str, str], variant: str, reason: str) -> None:
-    if options.variants is not None or variant == "fp32":
+    if options.variants is not None or variant == "fp32" or variant not in VARIANTS:
         raise PeerError(f"cannot pack {options.model.name}: variant {variant}: {reason}")
     left_out[variant] = reason
 
@@ -266,9 +273,9 @@ def _golden_file(reference: _Reference) -> bytes:
 
 def _rated(variant: Variant, path: Path, reference: _Reference, options: PackOptions, progress: Progress) -> Variant:
     """The variant with its agreement (by the golden metric), quality (higher is better) and accuracy where known."""
-    answers = quantize.run_all(path, reference.feeds, lambda n, m: progress(f"measuring {variant.id}", n, m))
+    tell = partial(progress, f"measuring {variant.id}")
     try:
-        outputs = join(answers)
+        outputs = join(answers(variant.runtime, path, reference.feeds, tell))
         agreed = agreement(options.metric, reference.outputs, outputs)
         # A distance cannot be a quality, of which more is better: then the direction of the answers stands for it.
         metric: GoldenMetric = "cosine" if options.metric == "max_abs" else options.metric
@@ -284,11 +291,25 @@ def _rated(variant: Variant, path: Path, reference: _Reference, options: PackOpt
     return variant.model_copy(update={"quality": Quality(metric=name, value=quality), "parameters": parameters})
 
 
+def _described(made: Mapping[VariantId, Path]) -> list[Variant]:
+    return [
+        Variant(
+            id=variant,
+            runtime="onnx",
+            precision=_PRECISION[variant],
+            technique=_TECHNIQUE[variant],
+            derived_from="fp32" if variant != "fp32" and "fp32" in made else None,
+            file=file_ref(path),
+        )
+        for variant, path in made.items()
+    ]
+
+
 def _manifest(
     options: PackOptions,
     signature: Signature,
-    made: Mapping[VariantId, Path],
-    golden_file: Path | bytes | None,
+    variants: Sequence[Variant],
+    golden_file: bytes | None,
     golden: tuple[GoldenMetric, float],
 ) -> Manifest:
     """The manifest before anything is measured. PeerError names a field that does not fit."""
@@ -301,18 +322,8 @@ def _manifest(
         "policy": dict(options.policy),
         **options.about,
     }
-    document["variants"] = [
-        Variant(
-            id=variant,
-            runtime="onnx",
-            precision=_PRECISION[variant],
-            technique=_TECHNIQUE[variant],
-            derived_from="fp32" if variant != "fp32" and "fp32" in made else None,
-            file=file_ref(path),
-        ).model_dump(mode="json")
-        for variant, path in made.items()
-    ]
-    if isinstance(golden_file, bytes):
+    document["variants"] = [variant.model_dump(mode="json") for variant in variants]
+    if golden_file is not None:
         digest = hashlib.sha256(golden_file).hexdigest()
         ref = {"name": GOLDEN_NAME, "sha256": digest, "size": len(golden_file)}
         document["golden"] = {"file": ref, "metric": golden[0], "threshold": golden[1]}

@@ -16,6 +16,7 @@ from agent.hardware.facts import Facts
 from agent.hardware.profiles import Profile
 from agent.selection.choice import Decision, Row
 from agent.selection.criteria import Gap
+from agent.selection.inventory import CPU_PROVIDER
 from agent.selection.measurements import Measurement
 from agent.selection.prior import Prior
 from agent.selection.rules import Verdict
@@ -307,6 +308,9 @@ def _columns(document: Mapping[str, Any]) -> list[_Column]:
 
 
 def _provider(entry: Mapping[str, Any]) -> str:
+    """Where it runs, short; TFLite's own ``cpu`` says nothing of the runtime."""
+    if (entry["runtime"], entry["provider"]) == ("tflite", CPU_PROVIDER["tflite"]):
+        return "TFLite"
     return str(entry["provider"]).removesuffix("ExecutionProvider")
 
 

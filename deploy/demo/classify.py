@@ -10,6 +10,7 @@ import io
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -68,31 +69,44 @@ def classify_all(socket: str, bundle: str) -> None:
         print(f"{what:<30}{p50:6.2f} ms{p99:6.2f} ms")
 
 
-def in_process(bundle: str, variant: str, images: np.ndarray) -> list[float]:
+def in_process(bundle: str, wanted: str, images: np.ndarray) -> list[float]:
     """Seconds of each run of the variant's plain file in this process, with as many threads as the agent uses."""
-    import onnxruntime
-
     from agent.base.config import Config, resolve_paths
     from agent.bundles.archive import read
     from agent.core.device import look_at_device
 
     with Path(bundle).open("rb") as stream:
         reader = read(stream)
-        wanted = reader.read_manifest().variant(variant).file.name
+        variant = reader.read_manifest().variant(wanted)
         for ref, chunks in reader.files():
             data = b"".join(chunks)
-            if ref.name == wanted:
+            if ref.name == variant.file.name:
                 model = data
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = look_at_device(resolve_paths({}), Config()).threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    threads = look_at_device(resolve_paths({}), Config()).threads
+    run = {"onnx": with_onnx_runtime, "tflite": with_litert}[variant.runtime](model, threads)
     times = []
     for image in [*images[:WARM_UP], *images]:
         start = time.perf_counter()
-        session.run(None, {"image": image[None]})
+        run(image[None])
         times.append(time.perf_counter() - start)
     return times[WARM_UP:]
+
+
+def with_onnx_runtime(model: bytes, threads: int) -> Callable[[np.ndarray], object]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda image: session.run(None, {"image": image})
+
+
+def with_litert(model: bytes, threads: int) -> Callable[[np.ndarray], object]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    runner = Interpreter(model_content=model, num_threads=threads).get_signature_runner()
+    return lambda image: runner(image=image)
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def test_whatever_passes_the_check_is_sound_for_the_flatbuffers_package():
     """Flipped bits anywhere but in the weights: what we accept, the schema's own code can walk."""
     schema = pytest.importorskip("ai_edge_litert.schema_py_generated")
     generator = random.Random(4)
-    sound, accepted = made.linear(), 0
+    sound, accepted = made.linear(signature=None), 0
     for _ in range(400):
         broken = bytearray(sound)
         broken[generator.randrange(len(broken))] ^= 1 << generator.randrange(8)
@@ -280,5 +280,5 @@ def test_whatever_passes_the_check_is_sound_for_the_flatbuffers_package():
             continue
         accepted += 1
         model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(bytes(broken)))
-        assert len(model.subgraphs[0].inputs) == len(seen.inputs) == 1
+        assert len(model.subgraphs[0].inputs) == len(seen.inputs)
     assert accepted > 50

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from agent.bundles.agreement import examples
 from agent.bundles.arrays import load_arrays
 from agent.cli.fleet import main
+from agent.fleet.added import answers
 from agent.fleet.pack import signature_of
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
@@ -44,18 +45,38 @@ def test_its_signature_takes_any_batch_and_its_data() -> None:
     assert len(list(examples({"image": PARTS["golden"]["image"]}, signature.inputs))) == 160
 
 
+@pytest.mark.parametrize("name", ["fp32", "int8"])
+def test_the_tflite_files_are_the_same_network(name: str) -> None:
+    """Made from the weights of ``digits.onnx``: the same signature, nearly the same answers."""
+    pytest.importorskip("ai_edge_litert")
+    path = DEMO / f"digits-{name}.tflite"
+    reference, signature = signature_of(DEMO / "digits.onnx"), signature_of(path)
+    assert (signature.inputs, signature.outputs) == (reference.inputs, reference.outputs)
+    assert signature.precision == name
+    images = PARTS["heldout"]["image"][:100]
+    told = np.concatenate([run["scores"] for run in answers("tflite", path, [{"image": images}], lambda n, m: None)])
+    session = ort.InferenceSession(DEMO / "digits.onnx", providers=["CPUExecutionProvider"])
+    scores = session.run(["scores"], {"image": images})[0]
+    assert np.mean(told.argmax(1) == scores.argmax(1)) >= 0.98
+    if name == "fp32":
+        np.testing.assert_allclose(told, scores, atol=1e-3)
+
+
 def test_it_packs_into_a_small_bundle_whose_variants_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status = main([
         "pack", str(DEMO / "digits.onnx"), "--calibrate", str(DEMO / "digits-calibrate.npz"),
         "--golden", str(DEMO / "digits-golden.npz"), "--labels", str(DEMO / "digits-labels.txt"),
         "--metric", "cosine", "--threshold", "0.99", "-o", str(tmp_path / "digits.edgemodel"), "--json",
+        "--add", str(DEMO / "digits-fp32.tflite"), "--add", str(DEMO / "digits-int8.tflite"),
     ])  # fmt: skip
     report = json.loads(capsys.readouterr().out)
     assert status == 0
     assert report["size"] <= 15_000_000
     variants = {variant["id"]: variant for variant in report["variants"]}
-    assert list(variants) == ["fp32", "fp16", "int8-static", "int8-dynamic"]
-    assert not report["left_out"]
+    made, added = ["fp32", "fp16", "int8-static", "int8-dynamic"], ["tflite-fp32", "tflite-int8"]
+    assert sorted([*variants, *report["left_out"]]) == sorted([*made, *added])
+    assert list(variants)[:4] == made
+    assert all("tflite" in reason for reason in report["left_out"].values())  # where there is no package for it
     assert variants["fp32"]["quality"]["value"] == pytest.approx(1.0)
     assert 0.99 < variants["int8-static"]["quality"]["value"] < 0.99999
     assert all(variant["accuracy"] >= 0.98 for variant in variants.values())

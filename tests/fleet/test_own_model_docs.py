@@ -52,6 +52,8 @@ def test_the_commands_of_the_how_to_run(
         # The page says how many examples are sensible; the test takes fewer of them.
         fewer = textwrap.dedent(python).replace("200", "8").replace("300", "16")
         exec(fewer, {"images": data["image"], "labels": data["label"]})
+    for name, made in (("detector", "fp32"), ("quantized", "int8")):
+        Path(f"{name}.tflite").write_bytes((DEMO / f"digits-{made}.tflite").read_bytes())
     folder = Path("detector")
     folder.mkdir()
     for name in ("large.onnx", "pruned.onnx"):
@@ -61,7 +63,7 @@ def test_the_commands_of_the_how_to_run(
     images = np.zeros((2, 1, 8, 8), "f4")
     np.savez(folder / "golden.npz", **{"input/image": images, "output/scores": np.zeros((2, 10), "f4")})
     commands = [line for block in blocks(HOW_TO, "sh") for line in block.splitlines() if "edge-fleet pack" in line]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
         assert capsys.readouterr().out.startswith("packed detector 1.0.0")
