@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ WORK = ROOT / ".cache" / "fuzz"
 FINDINGS = Path(__file__).parent / "findings"
 #: Seconds beyond the time asked for after which a process counts as hung.
 GRACE_S = 180
+#: libFuzzer's exit status for a run that somebody interrupted.
+INTERRUPTED = (72, -signal.SIGINT, -signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,14 @@ class Outcome:
     corpus: int
     peak_mb: int
     finding: Path | None
+    interrupted: bool = False
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        if self.finding is not None:
+            return f"FOUND {self.finding.name}"
+        return "interrupted" if self.interrupted else "nothing found"
 
 
 def fuzz(name: str, engine: str, seconds: float, seed: int) -> Outcome:
@@ -57,8 +68,9 @@ def fuzz(name: str, engine: str, seconds: float, seed: int) -> Outcome:
             status = -1
     elapsed = time.monotonic() - began
     text = log.read_text(errors="replace")
-    finding = keep(name, folder, text) if status else None
-    return Outcome(name, *numbers(text, elapsed), finding)
+    interrupted = status in INTERRUPTED
+    finding = keep(name, folder, text) if status and not interrupted else None
+    return Outcome(name, *numbers(text, elapsed), finding, interrupted)
 
 
 def numbers(text: str, elapsed: float) -> tuple[int, float, int, int]:
@@ -110,12 +122,13 @@ def main() -> int:
         outcome = fuzz(name, engine, given.seconds, given.seed)
         outcomes.append(outcome)
         rate = outcome.executions / max(outcome.seconds, 1e-3)
-        result = f"FOUND {outcome.finding.name}" if outcome.finding else "nothing found"
-        row = f"{name:<18} {outcome.executions:>11} {rate:>9.0f} {outcome.corpus:>7} {outcome.peak_mb:>8}  {result}"
+        row = (
+            f"{name:<18} {outcome.executions:>11} {rate:>9.0f} {outcome.corpus:>7} {outcome.peak_mb:>8}  {outcome.told}"
+        )
         print(row, flush=True)
     found = sum(outcome.finding is not None for outcome in outcomes)
     print(f"{len(outcomes)} targets, {sum(outcome.executions for outcome in outcomes)} executions, {found} findings")
-    return 1 if found else 0
+    return 1 if found or any(outcome.interrupted for outcome in outcomes) else 0
 
 
 if __name__ == "__main__":
