@@ -6,8 +6,10 @@ same answer, so that it cannot find out which names exist; to everybody else it 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from agent.base.errors import AgentError, NotFoundError, PeerError, RefusedError
@@ -69,6 +71,8 @@ class Inference:
         self._statistics = statistics or Statistics()
         self._labels = labels
         self._metrics = tuple(metrics)
+        # Two threads: one long tensor is no queue before the next.
+        self._codec = ThreadPoolExecutor(2, thread_name_prefix="codec")
 
     def routes(self) -> list[Route]:
         """The table of ``infer.sock``."""
@@ -153,17 +157,33 @@ class Inference:
 
     def _infer(self, request: Request) -> Response | Awaitable[Response]:
         started = time.perf_counter_ns()
-        name, version = request.params["model"], request.params.get("version")
+        if oip.takes_long_to_decode(request.body, request.inference_length):
+            return self._infer_apart(request, started)
         try:
-            decoded = oip.decode_request(request.body, request.inference_length, self._limits.json_bytes)
-            if decoded.request.parameters:
-                self._shorten(request, decoded.request)
-            answer = self._models.infer(name, version, decoded.request, request.deadline)
-            if isinstance(answer, InferResponse):
-                return self._answer(answer, decoded, started)
+            return self._ask(request, self._decode(request), started)
         except AgentError as error:
-            return self._failed(error, name, version, started)
-        return self._later(answer, decoded, (name, version), started)
+            return self._failed(error, request, started)
+
+    async def _infer_apart(self, request: Request, started: int) -> Response:
+        """As ``_infer``, with the request decoded in a thread: the loop belongs to all."""
+        try:
+            decoded = await asyncio.get_running_loop().run_in_executor(self._codec, self._decode, request)
+            answer = self._ask(request, decoded, started)
+        except AgentError as error:
+            return self._failed(error, request, started)
+        return answer if isinstance(answer, Response) else await answer
+
+    def _decode(self, request: Request) -> oip.Decoded:
+        return oip.decode_request(request.body, request.inference_length, self._limits.json_bytes)
+
+    def _ask(self, request: Request, decoded: oip.Decoded, started: int) -> Response | Awaitable[Response]:
+        if decoded.request.parameters:
+            self._shorten(request, decoded.request)
+        name, version = request.params["model"], request.params.get("version")
+        answer = self._models.infer(name, version, decoded.request, request.deadline)
+        if isinstance(answer, InferResponse) and not oip.takes_long_to_encode(answer, decoded):
+            return self._answer(answer, self._encode(answer, decoded), started)
+        return self._later(answer, decoded, request, started)
 
     def _shorten(self, request: Request, asked: InferRequest) -> None:
         """The caller's ``timeout`` (microseconds, 0: none) may shorten the deadline, never lengthen it."""
@@ -176,19 +196,26 @@ class Inference:
             request.deadline = min(request.deadline, time.monotonic() + min(timeout, 1 << 40) / 1e6)
 
     async def _later(
-        self, answer: Awaitable[InferResponse], decoded: oip.Decoded, model: tuple[str, str | None], started: int
+        self, answer: InferResponse | Awaitable[InferResponse], decoded: oip.Decoded, request: Request, started: int
     ) -> Response:
         try:
-            return self._answer(await answer, decoded, started)
+            response = answer if isinstance(answer, InferResponse) else await answer
+            if oip.takes_long_to_encode(response, decoded):
+                encoding = asyncio.get_running_loop().run_in_executor(self._codec, self._encode, response, decoded)
+                return self._answer(response, await encoding, started)
+            return self._answer(response, self._encode(response, decoded), started)
         except AgentError as error:
-            return self._failed(error, *model, started)
+            return self._failed(error, request, started)
 
-    def _answer(self, response: InferResponse, decoded: oip.Decoded, started: int) -> Response:
+    def _encode(self, response: InferResponse, decoded: oip.Decoded) -> Response:
         labels: Sequence[str] = ()
         outputs = decoded.request.outputs
         if outputs and any(output.classification for output in outputs):
             labels = self._labels(response.model_name, response.model_version)
-        answer = oip.encode_response(response, decoded, self._limits.json_bytes, labels)
+        return oip.encode_response(response, decoded, self._limits.json_bytes, labels)
+
+    def _answer(self, response: InferResponse, answer: Response, started: int) -> Response:
+        """Count it."""
         said = response.parameters
         self._statistics.succeeded(
             response.model_name,
@@ -200,7 +227,8 @@ class Inference:
         )
         return answer
 
-    def _failed(self, error: AgentError, name: str, version: str | None, started: int) -> Response:
+    def _failed(self, error: AgentError, request: Request, started: int) -> Response:
+        name, version = request.params["model"], request.params.get("version")
         # What infer() asks to try later is its queue: 429, as clients of model servers expect.
         response = error_answer(error, busy_status=429)
         if not isinstance(error, NotFoundError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,6 +39,13 @@ _INT_RANGE = {
     for bits in (8, 16, 32, 64)
     for sign in ("", "U")
 }
+
+
+#: What is larger is decoded, or encoded, in a thread: bytes of JSON or of strings, elements that become text.
+_LONG_BYTES = 65536
+_LONG_ELEMENTS = 4096
+#: From this length on the best classes are found by partition, which does not order equal scores by their index.
+_LONG_AXIS = 65536
 
 
 class Decoded(NamedTuple):
@@ -71,6 +79,30 @@ def decode_request(body: bytes | memoryview, header_length: int | None, json_byt
         plan = make_plan(body[:header_length])
     request = InferRequest(_tensors(plan.inputs, body, header_length), plan.outputs, plan.id, plan.parameters)
     return Decoded(request, plan.binary)
+
+
+def takes_long_to_decode(body: bytes | memoryview, header_length: int | None) -> bool:
+    """Whether a request holds much that becomes Python objects one by one: JSON, or strings."""
+    size = len(body)
+    if size <= _LONG_BYTES:
+        return False
+    json_length = size if header_length is None else min(header_length, size)
+    return json_length > _LONG_BYTES or b"BYTES" in bytes(body[:json_length])
+
+
+def takes_long_to_encode(response: InferResponse, decoded: Decoded) -> bool:
+    """Whether an answer holds much that becomes text, or must be sorted."""
+    if all(tensor.array.size <= _LONG_ELEMENTS for tensor in response.outputs):
+        return False
+    return any(
+        tensor.array.size > _LONG_ELEMENTS
+        and (
+            tensor.datatype == "BYTES"
+            or not (decoded.binary if wanted is None else wanted.binary)
+            or (wanted is not None and wanted.classification > 0)
+        )
+        for tensor, wanted in _chosen(response, decoded)
+    )
 
 
 def _tensors(inputs: Sequence[InputPlan], body: bytes | memoryview, offset: int) -> tuple[Tensor, ...]:
@@ -212,7 +244,7 @@ def encode_response(response: InferResponse, decoded: Decoded, json_bytes: int, 
     tails: list[Part] = []
     for tensor, wanted in _chosen(response, decoded):
         if wanted is not None and wanted.classification:
-            tensor = classify(tensor, wanted.classification, labels)  # noqa: PLW2901
+            tensor = classify(tensor, wanted.classification, labels, json_bytes // 8)  # noqa: PLW2901
         if decoded.binary if wanted is None else wanted.binary:
             tail = _to_binary(tensor)
             outputs.append(_binary_entry(tensor.name, tensor.datatype, tensor.array.shape, len(tail)))
@@ -309,8 +341,11 @@ def _widened(bits: NDArray[Any]) -> NDArray[np.float32]:
     return (bits.astype("<u4") << 16).view("<f4")
 
 
-def classify(tensor: Tensor, count: int, labels: Sequence[str]) -> Tensor:
-    """The ``count`` largest values along the last axis as BYTES ``score:index[:label]`` (Triton's classification)."""
+def classify(tensor: Tensor, count: int, labels: Sequence[str], most: int = 1 << 20) -> Tensor:
+    """The ``count`` largest values along the last axis as BYTES ``score:index[:label]`` (Triton's classification).
+
+    TooLargeError when that makes more than ``most`` texts.
+    """
     import numpy as np  # noqa: PLC0415
 
     if tensor.datatype == "BYTES":
@@ -318,10 +353,23 @@ def classify(tensor: Tensor, count: int, labels: Sequence[str]) -> Tensor:
     scores = (_widened(tensor.array) if tensor.datatype == "BF16" else tensor.array).astype("<f8")
     scores = scores.reshape(1) if not scores.shape else scores
     count = min(count, scores.shape[-1])
-    best = np.argsort(-scores, axis=-1, kind="stable")[..., :count]
+    if count * math.prod(scores.shape[:-1]) > most:
+        raise TooLargeError(f"output '{tensor.name}': classification would give more than {most} classes")
+    best = _best(-scores, count)
     values = np.take_along_axis(scores, best, axis=-1)
     texts = [
         f"{value:f}:{index}" + (f":{labels[index]}" if index < len(labels) else "")
         for value, index in zip(values.ravel().tolist(), best.ravel().tolist(), strict=True)
     ]
     return Tensor(tensor.name, "BYTES", _objects([text.encode() for text in texts], best.shape))
+
+
+def _best(costs: NDArray[Any], count: int) -> NDArray[Any]:
+    """Indices of the ``count`` smallest along the last axis, in order; equal ones by index where the axis is short."""
+    import numpy as np  # noqa: PLC0415
+
+    if costs.shape[-1] < _LONG_AXIS or count * 2 > costs.shape[-1]:
+        return np.argsort(costs, axis=-1, kind="stable")[..., :count]
+    some = np.sort(np.argpartition(costs, count, axis=-1)[..., :count], axis=-1)
+    order = np.argsort(np.take_along_axis(costs, some, axis=-1), axis=-1, kind="stable")
+    return np.take_along_axis(some, order, axis=-1)
