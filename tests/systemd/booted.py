@@ -43,10 +43,10 @@ def ask(path: str, target: str, body: object = None) -> tuple[int, object]:
     return answer.status, json.loads(text) if text else None
 
 
-def infer() -> tuple[int, object]:
+def infer(model: str = "linear") -> tuple[int, object]:
     values = [1.0] * 16
     tensor = {"name": "x", "datatype": "FP32", "shape": [1, 16], "data": values}
-    return ask(INFER, "/v2/models/linear/infer", {"inputs": [tensor]})
+    return ask(INFER, f"/v2/models/{model}/infer", {"inputs": [tensor]})
 
 
 def as_user(uid: int, group: str | None, action: Callable[[], object]) -> object:
@@ -97,6 +97,8 @@ def serving() -> None:
     seen["explained"] = agent("models", "explain", "linear")
     seen["answer"] = infer()
     seen["doctor"] = agent("doctor")
+    seen["tflite added"] = agent("models", "add", str(OUT / "lite.tflite"))
+    seen["tflite answer"] = infer("lite")
     app = "edge-agent-apps"
     seen["app infers"] = as_user(APP_UID, app, infer)
     seen["app administers"] = as_user(APP_UID, app, lambda: ask(ADMIN, "/v1/status"))
