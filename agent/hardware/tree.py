@@ -69,7 +69,7 @@ class Tree:
     def line(self, path: str) -> str | None:
         """A one-value file without the white space at its ends; None when it is absent, empty or not printable."""
         text = (self.text(path) or "").strip("\0 \t\r\n")
-        if not text.replace("\t", " ").isprintable():
+        if not text.isprintable():
             self.note(f"{path}: not a line of text, ignored")
             return None
         return text or None
