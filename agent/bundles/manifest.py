@@ -41,8 +41,13 @@ SemVer = Annotated[
         pattern=r"^(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?$",
     ),
 ]
-Text = Annotated[str, StringConstraints(max_length=4096)]
-ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+#: Texts are shown on terminals and written into logs, which control characters would steer: a name of a tensor could
+#: rewrite what stands above it.
+_PLAIN = r"^[^\x00-\x1f\x7f-\x9f]*$"
+_PLAIN_LINES = r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$"
+Text = Annotated[str, StringConstraints(max_length=4096, pattern=_PLAIN_LINES)]
+ShortText = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=_PLAIN)]
+Label = Annotated[str, StringConstraints(max_length=256, pattern=_PLAIN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -119,6 +124,11 @@ def _relative_file(path: str) -> str:
 
 
 FileName = Annotated[str, AfterValidator(_relative_file)]
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a manifest, and a client, may have it."""
+    return 0 < len(name) <= 256 and re.match(_PLAIN, name) is not None and not name.endswith("\n")
 
 
 class FileRef(_Part):
@@ -206,7 +216,7 @@ class Manifest(_Part):
     task: Text = ""
     description: Text = ""
     license: Text = ""
-    labels: Annotated[tuple[Annotated[str, StringConstraints(max_length=256)], ...], _QUICK] = ()
+    labels: Annotated[tuple[Label, ...], _QUICK] = ()
     inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=256), _QUICK]
     outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=256), _QUICK]
     variants: Annotated[tuple[Variant, ...], Field(min_length=1, max_length=64), _QUICK]

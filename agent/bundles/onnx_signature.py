@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from agent.base.datatypes import Datatype
 from agent.base.errors import PeerError, UnsupportedError
-from agent.bundles.manifest import Precision, TensorSpec
+from agent.bundles.manifest import Precision, TensorSpec, is_tensor_name
 from agent.bundles.protobuf import Message, WireReader, signed
 
 #: TensorProto.DataType in the words of the Open Inference Protocol.
@@ -236,6 +236,8 @@ def _specs(
             raise UnsupportedError(
                 f"cannot use model file: an {what} has a name of {len(name)} characters, 1 to 256 fit"
             )
+        if not is_tensor_name(name):
+            raise UnsupportedError(f"cannot use model file: the name of {what} {name!r} has control characters")
         if type_proto is None:
             raise UnsupportedError(f"cannot use model file: {what} {name!r} has no type")
         yield _spec(reader, type_proto, what, name)

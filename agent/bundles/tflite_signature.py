@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from agent.base.datatypes import Datatype
 from agent.base.errors import PeerError, UnsupportedError
 from agent.bundles.flatbuffer import FlatReader, Layout, Table, Vector, malformed
-from agent.bundles.manifest import Precision, TensorSpec
+from agent.bundles.manifest import Precision, TensorSpec, is_tensor_name
 
 _LAYOUT = Layout(
     tables={
@@ -94,8 +94,8 @@ def chosen_key(keys: Collection[str]) -> str:
 
 
 def public_names(names: Sequence[str], what: str) -> list[str]:
-    """Names that a client can use: the file's own, or ``input0``, ``input1`` … where it has none or the same twice."""
-    if len(set(names)) == len(names) and all(0 < len(name) <= 256 for name in names):
+    """Names that a client can use: the file's own, or ``input0``, ``input1`` … where one is none or there twice."""
+    if len(set(names)) == len(names) and all(map(is_tensor_name, names)):
         return list(names)
     return [f"{what}{index}" for index in range(len(names))]
 

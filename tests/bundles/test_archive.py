@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import tarfile
@@ -332,3 +333,26 @@ def test_a_file_that_two_variants_share_travels_once() -> None:
 def test_a_manifest_survives_its_json() -> None:
     manifest = a_manifest(labels=("a", "b"), policy={"prefer": "accuracy", "cascade": {"small": None}})
     assert parse_manifest(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\x07", "\x00", "\x9b", "\r"])
+def test_texts_that_would_steer_a_terminal_are_refused(character: str) -> None:
+    plain = {
+        "format": "edge-model/1", "name": "m", "version": "1.0.0", "description": "two\nlines\tand a tab",
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [1]}],
+        "outputs": [{"name": "y", "datatype": "FP32", "shape": [1]}],
+        "variants": [
+            {
+                "id": "v", "runtime": "onnx", "precision": "fp32",
+                "file": {"name": "v.onnx", "sha256": "0" * 64, "size": 1},
+            }
+        ],
+    }  # fmt: skip
+    parse_manifest(json.dumps(plain).encode())
+    hostile = f"a{character}[2Jb"
+    for change in (
+        {"task": hostile}, {"license": hostile}, {"description": hostile}, {"labels": [hostile]},
+        {"inputs": [{"name": hostile, "datatype": "FP32", "shape": [1]}]},
+    ):  # fmt: skip
+        with pytest.raises(PeerError, match=next(iter(change))):
+            parse_manifest(json.dumps({**plain, **change}).encode())

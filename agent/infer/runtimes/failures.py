@@ -18,8 +18,9 @@ def is_shortage(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The first 300 characters of a runtime's message on one line."""
+    """The first 300 characters of a runtime's message on one line; it may hold a model's own words, printable here."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(char if char.isprintable() else "?" for char in text[:1000])
     return text if len(text) <= 300 else text[:297] + "..."
 
 
