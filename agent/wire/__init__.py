@@ -1,0 +1,1 @@
+"""What a device and its fleet say to each other: topics, messages, and the table of operations. Pure."""
