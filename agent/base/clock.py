@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import Protocol
+from typing import Literal, Protocol
+
+#: More than struct timex has on any architecture.
+_TIMEX_BYTES = 512
+_STA_UNSYNC = 0x0040
 
 
 class Clock(Protocol):
@@ -32,3 +38,43 @@ class SystemClock:
 def iso(moment: datetime) -> str:
     """RFC 3339 in UTC, whole seconds: ``2026-01-31T12:00:00Z``."""
     return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def kernel_clock_disciplined() -> bool | None:
+    """Whether the kernel says that something (NTP, PTP) keeps its clock right; None where it does not say.
+
+    adjtimex(2): STA_UNSYNC is cleared by whoever disciplines the clock, and set again when that stops.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(_TIMEX_BYTES)  # modes = 0: nothing is changed
+    if libc.adjtimex(buffer) < 0:
+        return None
+    # struct timex: unsigned modes; long offset, freq, maxerror, esterror; int status
+    word = ctypes.sizeof(ctypes.c_long)
+    status = ctypes.c_int.from_buffer(buffer, word * 5).value
+    return not status & _STA_UNSYNC
+
+
+class TrustedClock:
+    """When dates may be believed: ``trust`` says auto (the kernel's word), always or never, above a floor.
+
+    The floor is the latest moment that is known to be past: a clock below it is wrong whatever anybody says.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        trust: Literal["auto", "always", "never"],
+        floor: datetime,
+        disciplined: Callable[[], bool | None] = kernel_clock_disciplined,
+    ) -> None:
+        self.clock = clock
+        self.trust = trust
+        self.floor = floor
+        self._disciplined = disciplined
+
+    def trusted(self) -> bool:
+        """Whether the present date may be believed."""
+        if self.trust == "never" or self.clock.now() < self.floor:
+            return False
+        return self.trust == "always" or bool(self._disciplined())

@@ -36,6 +36,9 @@ MAX_SOCKET_PATH = 107
 #: "auto" leaves a number to the profile of the board or to what is measured.
 Auto = Literal["auto"]
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+Interval = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+Hours = Annotated[float, Field(ge=0, le=8_760, allow_inf_nan=False)]
+FilePath = Annotated[str, StringConstraints(max_length=4096, pattern=r"^(/[^\x00]*)?$")]
 Megabytes = Annotated[int, Field(ge=1, le=1 << 24)]
 Count = Annotated[int, Field(ge=1, le=65_536)]
 #: pydantic's patterns are Rust's: "$" is the very end of the text, a newline before it does not match.
@@ -148,6 +151,61 @@ class SocketsConfig(_Section):
     link_user: AccountName = "edge-agent-link"
 
 
+class LinkConfig(_Section):
+    """The broker. Without ``host`` the agent has no fleet to talk to, and needs none.
+
+    Files are opened by the link's user. Empty ``cert_file`` and ``key_file`` mean those that enrolment gave to the link.
+    """
+
+    host: Annotated[str, StringConstraints(max_length=253, pattern=r"^[A-Za-z0-9.:_-]*$")] = ""
+    port: Annotated[int, Field(ge=1, le=65_535)] = 8883
+    tls: bool = True
+    ca_file: FilePath = ""
+    cert_file: FilePath = ""
+    key_file: FilePath = ""
+    username: Annotated[str, StringConstraints(max_length=256)] = ""
+    password_file: FilePath = ""
+    keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 60
+    #: The first connection after a start is made within so many seconds, drawn: a fleet comes back spread out.
+    splay_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 10.0
+    outbox_mb: Annotated[int, Field(ge=1, le=4096)] = 16
+    #: A configuration that the fleet applied is taken back when the link has not come back with it by then.
+    confirm_s: Seconds = 300.0
+
+
+class TelemetryConfig(_Section):
+    """Seconds between the records of a stream; 0 = never."""
+
+    status_s: Interval = 60.0
+    models_s: Interval = 60.0
+    heat_s: Interval = 60.0
+    memory_s: Interval = 60.0
+    energy_s: Interval = 60.0
+    health_s: Interval = 300.0
+
+
+class MaintenanceConfig(_Section):
+    """The maintenance plan: hours between two runs of a task (0 = never), and when it may run."""
+
+    #: Five cron fields that say when maintenance may begin; "" = at any time.
+    window: Annotated[str, StringConstraints(max_length=120)] = ""
+    duration_s: Annotated[int, Field(ge=60, le=7 * 86_400)] = 7200
+    tz: Annotated[str, StringConstraints(min_length=1, max_length=64)] = "UTC"
+    scrub_h: Hours = 168.0
+    sweep_h: Hours = 24.0
+    golden_h: Hours = 24.0
+    remeasure_h: Hours = 24.0
+    ages_h: Hours = 24.0
+    disk_h: Hours = 6.0
+    clock_h: Hours = 6.0
+
+
+class ClockConfig(_Section):
+    """Whether dates of jobs and windows may be believed: when the kernel's clock is disciplined, always, or never."""
+
+    trust: Literal["auto", "always", "never"] = "auto"
+
+
 class Config(_Section):
     """The whole file."""
 
@@ -159,6 +217,10 @@ class Config(_Section):
     trust: TrustConfig = TrustConfig()
     log: LogConfig = LogConfig()
     sockets: SocketsConfig = SocketsConfig()
+    link: LinkConfig = LinkConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    maintenance: MaintenanceConfig = MaintenanceConfig()
+    clock: ClockConfig = ClockConfig()
 
 
 def parse(document: Mapping[str, Any], source: str) -> Config:
@@ -247,6 +309,16 @@ class Paths:
     def user_profiles(self) -> Path:
         """The integrator's own hardware profiles, beside the configuration file; they win over the shipped ones."""
         return self.config.parent / "hw_profiles"
+
+    @property
+    def trust_file(self) -> Path:
+        """Whom this device obeys, beside the configuration file."""
+        return self.config.parent / "trust.toml"
+
+    @property
+    def journal(self) -> Path:
+        """Jobs of the fleet."""
+        return self.state_dir / "journal.db"
 
     @property
     def device_secret(self) -> Path:

@@ -204,7 +204,11 @@ def test_the_reference_has_every_key_with_its_default_and_no_other() -> None:
         elif row := re.match(r"\| `(\w+)` \| (.*?) \|", line):
             documented[section, row[1]] = row[2]
     wanted = {
-        (section, key): "none" if default == {} else f'`"{default}"`' if isinstance(default, str) else f"`{default}`"
+        (section, key): "none"
+        if default == {}
+        else f'`"{default}"`'
+        if isinstance(default, str)
+        else f"`{str(default).lower() if isinstance(default, bool) else default}`"
         for section, key, default in keys()
     }
     assert documented == wanted
