@@ -1,0 +1,1 @@
+"""Jobs that survive anything: their states, the journal that keeps them, their windows, and what runs them."""

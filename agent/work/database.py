@@ -1,0 +1,162 @@
+"""One SQLite file that survives kills and power cuts: opening, versions, transactions, errors that say who must act.
+
+Invariants: what ``write`` has left is on the disk (WAL, synchronous=FULL) unless it was asked to be lax, when it is on
+the disk with the next that was not; one process has the file at a time; another user's file, or one that others could
+write to, is not read. Any thread may call: a lock lets one in at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import stat
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from agent.base.errors import AgentError, ConflictError, DamagedError, TryLaterError, UnsupportedError
+from agent.base.files import fsync_directory
+
+_SETTINGS = (
+    "PRAGMA locking_mode = EXCLUSIVE",  # and so no -shm file: the index of the WAL is kept in memory
+    "PRAGMA journal_mode = WAL",
+    "PRAGMA synchronous = FULL",
+    "PRAGMA temp_store = MEMORY",
+    "PRAGMA cache_size = -512",
+    "PRAGMA journal_size_limit = 1048576",
+    "PRAGMA trusted_schema = OFF",
+)
+_HINT = "check the disk, and the owner and mode of the file; set it aside to begin a new one"
+
+
+class Database:
+    """The file ``path`` with the tables that ``versions`` make. ``step`` is told of each commit, before and after."""
+
+    def __init__(self, path: Path, versions: Sequence[Sequence[str]], step: Callable[[str], None]) -> None:
+        self.path = path
+        self._versions = versions
+        self._step = step
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._lax = False
+
+    def open(self) -> None:
+        """Make the file where there is none, check it, carry it over to the present version.
+
+        DamagedError, TryLaterError (no room), ConflictError (somebody has it), UnsupportedError (a later version).
+        """
+        with self._translated("open the job journal"):
+            _require_own_file(self.path)
+            connection = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
+            try:
+                connection.row_factory = sqlite3.Row
+                for setting in _SETTINGS:
+                    connection.execute(setting)
+                self._require_sound(connection)
+                self._carry_over(connection)
+            except BaseException:
+                connection.close()
+                raise
+        self._connection = connection
+
+    def close(self) -> None:
+        """Flush and let go; harmless when repeated."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    @contextlib.contextmanager
+    def write(self, what: str, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """One transaction, ``what`` reads "cannot …". When it was ``durable``, it is on the disk after the block."""
+        with self._lock, self._translated(what):
+            connection = self._connected()
+            self._be_lax(connection, not durable)
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                self._step(f"before: {what}")
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    with contextlib.suppress(sqlite3.Error):
+                        connection.execute("ROLLBACK")
+                raise
+            self._step(f"after: {what}")
+
+    def read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
+        """All rows of a query."""
+        with self._lock, self._translated("read the job journal"):
+            return self._connected().execute(sql, values).fetchall()
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise TryLaterError("cannot use the job journal: it is not open")
+        return self._connection
+
+    def _be_lax(self, connection: sqlite3.Connection, lax: bool) -> None:
+        """Between FULL and NORMAL, which in WAL mode differ by the flush at each commit alone (sqlite.org/pragma)."""
+        if lax != self._lax:
+            connection.execute(f"PRAGMA synchronous = {'NORMAL' if lax else 'FULL'}")
+            self._lax = lax
+
+    def _require_sound(self, connection: sqlite3.Connection) -> None:
+        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise sqlite3.DatabaseError(str(found).splitlines()[-1])
+
+    def _carry_over(self, connection: sqlite3.Connection) -> None:
+        version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        known = len(self._versions)
+        if version > known:
+            raise UnsupportedError(
+                f"cannot open the job journal: {self.path} is of version {version}, this agent knows up to {known}",
+                hint="run the agent that wrote it, or set the journal aside",
+            )
+        connection.execute("BEGIN IMMEDIATE")  # also where there is nothing to do: a file that cannot be written shows
+        for number in range(version, known):
+            for statement in self._versions[number]:
+                connection.execute(statement)
+        if version < known:
+            connection.execute(f"PRAGMA user_version = {known}")
+            self._step("before: carry the journal over")
+        connection.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise _trouble(error, what, self.path) from error
+        except OSError as error:
+            raise DamagedError(f"cannot {what}: {error.strerror}: {self.path}", hint=_HINT) from error
+
+
+def _trouble(error: sqlite3.Error, what: str, path: Path) -> AgentError:
+    """By text: Python 3.10 hands out no codes."""
+    text = f"cannot {what}: {error}: {path}"
+    if "full" in str(error):
+        return TryLaterError(text, hint="free space on the disk")
+    if "locked" in str(error):
+        return ConflictError(text, hint="stop the other agent on this folder")
+    return DamagedError(text, hint=_HINT)
+
+
+def _require_own_file(path: Path) -> None:
+    """Make the file with its mode, or refuse one that is not safely ours. Raises OSError, DamagedError."""
+    if not os.path.lexists(path):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        fsync_directory(path.parent)
+        return
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode):
+        reason = "it is no regular file"
+    elif status.st_uid != os.geteuid():
+        reason = f"it belongs to another user (uid {status.st_uid})"
+    elif status.st_mode & 0o077:
+        reason = f"other users may open it (mode {stat.S_IMODE(status.st_mode):04o})"
+    else:
+        return
+    raise DamagedError(f"cannot open the job journal: {reason}: {path}", hint=_HINT)

@@ -1,0 +1,246 @@
+"""Chooses which job runs next in which lane, and when to look again. Starts no thread and no timer of its own.
+
+Invariants: one job a lane at a time; a lane is never held by a job that waits (for its window, for the clock); nothing
+in the normal lane keeps the rescue lane waiting. ``wake`` is cheap and never raises for local trouble: what is wrong
+stands in ``problem``, and it is tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from agent.base.clock import Clock
+from agent.base.errors import AgentError, PeerError
+from agent.work.attempt import Attempt, Bench, UnwritableError
+from agent.work.jobs import Failure, Lane, Order, move
+from agent.work.journal import Journal, Waiting
+from agent.work.steps import Handler, RestartPending
+from agent.work.windows import Opening, opening_at
+
+__all__ = ("Execute", "RestartPending", "Runner")
+
+#: (lane, name, work): have ``work`` called once in the lane's thread, without waiting. TryLaterError when it cannot be.
+Execute = Callable[[Lane, str, Callable[[], None]], None]
+#: Seconds after which it is tried again where the journal or the lane would not have it.
+_RETRY_S = 15.0
+#: Wall clocks are set: what waits for one looks again at least this often.
+_LOOK_AGAIN_S = 60.0
+_LOG = logging.getLogger("edge_agent.work")
+
+
+@dataclass(slots=True)
+class _Seat:
+    """What a lane is busy with. ``parked_until``: the job waits for a restart, until then on the monotonic clock."""
+
+    key: int
+    job_id: str
+    op: str
+    since: float
+    attempt: Attempt | None = None
+    parked_until: float | None = None
+
+
+class Runner:
+    """Between the journal and the lanes' threads. Any thread may call.
+
+    The owner calls ``wake`` at the start, after each ``changed``, after a cancel, and when the time is up that ``wake``
+    named. ``verify`` raises for an order that its envelope does not vouch for.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        handlers: Mapping[str, Handler],
+        execute: Execute,
+        *,
+        clock: Clock,
+        clock_trusted: Callable[[], bool],
+        boot_nonce: str,
+        verify: Callable[[Order], None],
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._journal = journal
+        self._handlers = handlers
+        self._execute = execute
+        self._clock = clock
+        self._trusted = clock_trusted
+        self._changed = changed
+        self._stopping = threading.Event()
+        self._bench = Bench(journal, clock, boot_nonce, verify, changed, self._stopping.is_set)
+        self._lock = threading.Lock()
+        self._seats: dict[Lane, _Seat] = {}
+        self._retry_at = 0.0
+        self._has_moved = False
+        self._openings: dict[int, tuple[datetime, Opening]] = {}
+        #: Why jobs do not run, where something local is wrong.
+        self.problem: str | None = None
+
+    def wake(self) -> float | None:
+        """Start what can be started; seconds after which to call again at the latest, None when nothing waits."""
+        if self._stopping.is_set():
+            return None
+        with self._lock:
+            self._has_moved = False
+            try:
+                wait = self._wake()
+            except AgentError as error:
+                wait = self._fail(error)
+            has_moved = self._has_moved
+        if has_moved:
+            self._changed()
+        return wait
+
+    def stop(self) -> None:
+        """Nothing is begun from now on; what runs leaves at its next safe point and goes on after the next start."""
+        self._stopping.set()
+
+    def under_way(self) -> dict[Lane, dict[str, Any]]:
+        """What each busy lane does, for ``status``. ``stuck``: it is past its time and has not come to a safe point."""
+        with self._lock:
+            return {lane: self._shown(seat) for lane, seat in self._seats.items()}
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+
+    def _wake(self) -> float | None:
+        now = self._clock.monotonic()
+        waits = [self._unpark(lane, seat, now) for lane, seat in list(self._seats.items())]
+        if now < self._retry_at:
+            return min([self._retry_at - now, *(wait for wait in waits if wait is not None)])
+        self.problem = None
+        jobs = self._journal.waiting()
+        self._openings = {job.key: self._openings[job.key] for job in jobs if job.key in self._openings}
+        for job in jobs:
+            wait = self._gate(job)
+            if wait == 0 and job.lane not in self._seats:
+                wait = self._start(job)
+            if wait:
+                waits.append(wait)
+        return min((wait for wait in waits if wait), default=None)
+
+    def _gate(self, job: Waiting) -> float | None:
+        """0 when the job may run now, seconds until it may, None when it never will (and has ended)."""
+        if job.begun:
+            return 0
+        trusted = self._trusted()
+        if job.not_after is not None:
+            if not trusted:
+                return _LOOK_AGAIN_S
+            if self._clock.now() > _moment(job.not_after):
+                self._reject(job, "expired", f"cannot begin: it was to begin by {job.not_after}")
+                return None
+        if job.window is None or job.lane != "normal":
+            return 0
+        if not trusted:
+            self._show_waiting(job)
+            return _LOOK_AGAIN_S
+        return self._gate_window(job)
+
+    def _gate_window(self, job: Waiting) -> float | None:
+        moment = self._clock.now()
+        try:
+            opening = self._opening(job, moment)
+        except PeerError as error:
+            self._reject(job, "bad_args", str(error))
+            return None
+        if opening.holds(moment):
+            return 0
+        self._show_waiting(job)
+        return min(_LOOK_AGAIN_S, max(0.1, (opening.opens - moment).total_seconds()))
+
+    def _opening(self, job: Waiting, moment: datetime) -> Opening:
+        """Kept until it closes, or the clock was set back."""
+        assert job.window is not None
+        asked_at, opening = self._openings.get(job.key, (None, None))
+        if asked_at is None or opening is None or not asked_at <= moment < opening.closes:
+            opening = opening_at(job.window, moment)
+            self._openings[job.key] = (moment, opening)
+        return opening
+
+    def _reject(self, job: Waiting, code: str, text: str) -> None:
+        self._move(job, state="rejected", phase=None, error=Failure(code, text))
+
+    def _show_waiting(self, job: Waiting) -> None:
+        if job.phase != "waiting_window":
+            self._move(job, state="running", phase="waiting_window")
+
+    def _move(self, job: Waiting, **changes: Any) -> None:
+        record = self._journal.load(job.key)
+        if record is None or record.progress.has_ended or record.progress.attempt:
+            return
+        if self._journal.save(job.key, record.progress, move(record.progress, **changes)):
+            self._has_moved = True
+
+    # -- lanes --------------------------------------------------------------------------------------------------------
+
+    def _start(self, job: Waiting) -> float | None:
+        seat = _Seat(job.key, job.job_id, job.op, self._clock.monotonic())
+        self._seats[job.lane] = seat
+        return self._hand_over(job.lane, seat, late=False)
+
+    def _unpark(self, lane: Lane, seat: _Seat, now: float) -> float | None:
+        if seat.parked_until is None:
+            return None
+        if now < seat.parked_until:
+            return seat.parked_until - now
+        seat.parked_until = None
+        return self._hand_over(lane, seat, late=True)
+
+    def _hand_over(self, lane: Lane, seat: _Seat, *, late: bool) -> float | None:
+        try:
+            self._execute(lane, f"job {seat.job_id} ({seat.op})", partial(self._work, lane, seat, late))
+        except AgentError as error:
+            if late:
+                seat.parked_until = self._clock.monotonic() + _RETRY_S
+            else:
+                del self._seats[lane]
+            self.problem = str(error)
+            return _RETRY_S
+        return None
+
+    def _work(self, lane: Lane, seat: _Seat, late: bool) -> None:
+        """In the lane's thread: run the job of the seat, give the seat back."""
+        parked = False
+        trouble: BaseException | None = None
+        try:
+            record = self._journal.load(seat.key)
+            if record is not None and not record.progress.has_ended and not self._stopping.is_set():
+                handler = self._handlers.get(record.order.op)
+                seat.attempt = Attempt(self._bench, record, handler, late=late)
+                parked = seat.attempt.run()
+        except UnwritableError as error:
+            trouble = error.__cause__
+        except Exception as error:  # noqa: BLE001 - a bug here must not end the lane: the job counts as interrupted
+            trouble = error
+        with self._lock:
+            if trouble is not None:
+                self._fail(trouble)
+            if parked and seat.attempt is not None:
+                seat.parked_until = seat.attempt.deadline
+            else:
+                del self._seats[lane]
+        self._changed()
+
+    def _fail(self, error: BaseException | None) -> float:
+        self._retry_at = self._clock.monotonic() + _RETRY_S
+        self.problem = str(error) or type(error).__name__
+        _LOG.error("jobs wait: %s", self.problem, exc_info=None if isinstance(error, AgentError) else error)
+        return _RETRY_S
+
+    def _shown(self, seat: _Seat) -> dict[str, Any]:
+        now = self._clock.monotonic()
+        shown: dict[str, Any] = {"job_id": seat.job_id, "op": seat.op, "seconds": round(now - seat.since, 1)}
+        if seat.attempt is not None:
+            progress = seat.attempt.progress
+            shown |= {"step": progress.step, "phase": progress.phase, "attempt": progress.attempt}
+            shown |= {"stuck": now > seat.attempt.deadline, "event": dict(seat.attempt.event)}
+        return shown
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
