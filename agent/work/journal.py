@@ -161,6 +161,7 @@ class Journal:
         ``document`` is what tells one document from another. A job with a ``rejection``, or whose window or last
         moment cannot be kept (bad_args, clock_untrusted, expired), is written down as rejected. Refusal: old_epoch,
         future_epoch, old_generation, job_id_taken, old_sequence, busy. A duplicate is published again.
+        With ``rejection`` the job is taken as one that has ended, rejected for that reason, so that the fleet is told.
         """
         if order is not None and order.epoch != epoch:
             raise ValueError("a job is of the enrolment of its document")

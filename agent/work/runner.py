@@ -1,8 +1,8 @@
 """Chooses which job runs next in which lane, and when to look again. Starts no thread and no timer of its own.
 
-Invariants: one job a lane at a time; a lane is never held by a job that waits (for its window, for the clock); nothing
-in the normal lane keeps the rescue lane waiting. ``wake`` is cheap and never raises for local trouble: what is wrong
-stands in ``problem``, and it is tried again.
+Invariants: one job a lane at a time; a lane is never held by a job that waits for its window or for the clock, and the
+rescue lane by nothing that waits. ``wake`` is cheap and never raises for local trouble: what is wrong stands in
+``problem``, and it is tried again.
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ _LOG = logging.getLogger("edge_agent.work")
 
 @dataclass(slots=True)
 class _Seat:
-    """What a lane is busy with. ``parked_until``: the job waits for a restart, until then on the monotonic clock."""
+    """What a lane is busy with."""
 
     key: int
+    lane: Lane
     job_id: str
     op: str
     since: float
     attempt: Attempt | None = None
-    parked_until: float | None = None
+    #: The job waits for a restart, until then on the monotonic clock.
+    parked_until: float = 0.0
 
 
 class Runner:
@@ -75,6 +77,7 @@ class Runner:
         self._bench = Bench(journal, clock, boot_nonce, verify, changed, self._stopping.is_set)
         self._lock = threading.Lock()
         self._seats: dict[Lane, _Seat] = {}
+        self._parked: dict[int, _Seat] = {}
         self._retry_at = 0.0
         self._has_moved = False
         self._openings: dict[int, tuple[datetime, Opening]] = {}
@@ -103,25 +106,32 @@ class Runner:
     def under_way(self) -> dict[Lane, dict[str, Any]]:
         """What each busy lane does, for ``status``. ``stuck``: it is past its time and has not come to a safe point."""
         with self._lock:
-            return {lane: self._shown(seat) for lane, seat in self._seats.items()}
+            seats = {seat.lane: seat for seat in self._parked.values()} | self._seats
+            return {lane: self._shown(seat) for lane, seat in seats.items()}
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 
     def _wake(self) -> float | None:
         now = self._clock.monotonic()
-        waits = [self._unpark(lane, seat, now) for lane, seat in list(self._seats.items())]
         if now < self._retry_at:
-            return min([self._retry_at - now, *(wait for wait in waits if wait is not None)])
+            return self._retry_at - now
         self.problem = None
+        waits = [self._unpark(seat, now) for seat in list(self._parked.values())]
         jobs = self._journal.waiting()
         self._openings = {job.key: self._openings[job.key] for job in jobs if job.key in self._openings}
         for job in jobs:
+            if job.key in self._parked:
+                continue
             wait = self._gate(job)
-            if wait == 0 and job.lane not in self._seats:
+            if wait == 0 and self._is_free(job.lane):
                 wait = self._start(job)
-            if wait:
-                waits.append(wait)
+            waits.append(wait)
         return min((wait for wait in waits if wait), default=None)
+
+    def _is_free(self, lane: Lane) -> bool:
+        """In the normal lane a job may rely on the one before it being over; rescue waits for nothing."""
+        waiting = lane == "normal" and any(seat.lane == lane for seat in self._parked.values())
+        return lane not in self._seats and not waiting
 
     def _gate(self, job: Waiting) -> float | None:
         """0 when the job may run now, seconds until it may, None when it never will (and has ended)."""
@@ -179,31 +189,32 @@ class Runner:
     # -- lanes --------------------------------------------------------------------------------------------------------
 
     def _start(self, job: Waiting) -> float | None:
-        seat = _Seat(job.key, job.job_id, job.op, self._clock.monotonic())
-        self._seats[job.lane] = seat
-        return self._hand_over(job.lane, seat, late=False)
+        seat = _Seat(job.key, job.lane, job.job_id, job.op, self._clock.monotonic())
+        return self._hand_over(seat, late=False)
 
-    def _unpark(self, lane: Lane, seat: _Seat, now: float) -> float | None:
-        if seat.parked_until is None:
-            return None
+    def _unpark(self, seat: _Seat, now: float) -> float | None:
+        """A restart that did not come in time fails its step. Seconds until then."""
         if now < seat.parked_until:
             return seat.parked_until - now
-        seat.parked_until = None
-        return self._hand_over(lane, seat, late=True)
+        if seat.lane in self._seats:
+            return None  # looked at again when the lane is free
+        del self._parked[seat.key]
+        wait = self._hand_over(seat, late=True)
+        if wait is not None:
+            self._parked[seat.key] = seat
+        return wait
 
-    def _hand_over(self, lane: Lane, seat: _Seat, *, late: bool) -> float | None:
+    def _hand_over(self, seat: _Seat, *, late: bool) -> float | None:
+        self._seats[seat.lane] = seat
         try:
-            self._execute(lane, f"job {seat.job_id} ({seat.op})", partial(self._work, lane, seat, late))
+            self._execute(seat.lane, f"job {seat.job_id} ({seat.op})", partial(self._work, seat, late))
         except AgentError as error:
-            if late:
-                seat.parked_until = self._clock.monotonic() + _RETRY_S
-            else:
-                del self._seats[lane]
+            del self._seats[seat.lane]
             self.problem = str(error)
             return _RETRY_S
         return None
 
-    def _work(self, lane: Lane, seat: _Seat, late: bool) -> None:
+    def _work(self, seat: _Seat, late: bool) -> None:
         """In the lane's thread: run the job of the seat, give the seat back."""
         parked = False
         trouble: BaseException | None = None
@@ -218,12 +229,12 @@ class Runner:
         except Exception as error:  # noqa: BLE001 - a bug here must not end the lane: the job counts as interrupted
             trouble = error
         with self._lock:
-            if trouble is not None:
-                self._fail(trouble)
+            del self._seats[seat.lane]
             if parked and seat.attempt is not None:
                 seat.parked_until = seat.attempt.deadline
-            else:
-                del self._seats[lane]
+                self._parked[seat.key] = seat
+            if trouble is not None:
+                self._fail(trouble)
         self._changed()
 
     def _fail(self, error: BaseException | None) -> float:
