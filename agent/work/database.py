@@ -1,8 +1,8 @@
 """One SQLite file that survives kills and power cuts: opening, versions, transactions, errors that say who must act.
 
 Invariants: what ``write`` has left is on the disk (WAL, synchronous=FULL) unless it was asked to be lax, when it is on
-the disk with the next that was not; one process has the file at a time; another user's file, or one that others could
-write to, is not read. Any thread may call: a lock lets one in at a time.
+the disk with the next that was not; under its name the file is never half made; one process has it at a time; another
+user's file, or one that others could open, is not read. Any thread may call: a lock lets one in at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.base.errors import AgentError, ConflictError, DamagedError, TryLaterError, UnsupportedError
-from agent.base.files import fsync_directory
+from agent.base.files import TEMPORARY_PREFIX, fsync_directory
 
 _SETTINGS = (
     "PRAGMA locking_mode = EXCLUSIVE",  # and so no -shm file: the index of the WAL is kept in memory
@@ -28,14 +28,17 @@ _SETTINGS = (
     "PRAGMA journal_size_limit = 1048576",
     "PRAGMA trusted_schema = OFF",
 )
-_HINT = "check the disk, and the owner and mode of the file; set it aside to begin a new one"
+HINT = "check the disk, and the owner and mode of the file; set it aside to begin a new one"
 
 
 class Database:
     """The file ``path`` with the tables that ``versions`` make. ``step`` is told of each commit, before and after."""
 
-    def __init__(self, path: Path, versions: Sequence[Sequence[str]], step: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: Path, versions: Sequence[Sequence[str]], step: Callable[[str], None] = lambda name: None
+    ) -> None:
         self.path = path
+        self._fresh = path.with_name(TEMPORARY_PREFIX + path.name)
         self._versions = versions
         self._step = step
         self._lock = threading.RLock()
@@ -47,19 +50,45 @@ class Database:
 
         DamagedError, TryLaterError (no room), ConflictError (somebody has it), UnsupportedError (a later version).
         """
-        with self._translated("open the job journal"):
+        with translated("open the job journal", self.path):
+            if not os.path.lexists(self.path):
+                if not self._is_prepared():
+                    if wal_of(self.path).exists():
+                        raise sqlite3.DatabaseError("the file is gone, its log is not")
+                    self.prepare()
+                self.place()
             _require_own_file(self.path)
-            connection = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
+            connection = _connect(self.path)
             try:
-                connection.row_factory = sqlite3.Row
-                for setting in _SETTINGS:
-                    connection.execute(setting)
-                self._require_sound(connection)
+                _require_sound(connection)
                 self._carry_over(connection)
             except BaseException:
                 connection.close()
                 raise
         self._connection = connection
+
+    def prepare(self, first: str = "SELECT 1", values: Sequence[Any] = ()) -> None:
+        """Make a new file beside ``path``; ``first`` is done in it. Raises sqlite3.Error, OSError."""
+        for leftover in (self._fresh, wal_of(self._fresh)):
+            leftover.unlink(missing_ok=True)
+        os.close(os.open(self._fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        with contextlib.closing(_connect(self._fresh)) as connection:
+            self._carry_over(connection, (first, values))
+
+    def place(self) -> None:
+        """Put what was prepared under its name, where nothing is. Raises OSError."""
+        self._step("before: begin a new journal")
+        wal_of(self.path).unlink(missing_ok=True)  # it would be read into the new file
+        os.rename(self._fresh, self.path)
+        fsync_directory(self.path.parent)
+        self._step("after: begin a new journal")
+
+    def _is_prepared(self) -> bool:
+        """Whether a new file was made in full, and the kill came before it was put under its name."""
+        if not self._fresh.exists() or wal_of(self._fresh).exists():
+            return False
+        with contextlib.closing(_connect(self._fresh)) as connection:
+            return bool(connection.execute("PRAGMA user_version").fetchone()[0])
 
     def close(self) -> None:
         """Flush and let go; harmless when repeated."""
@@ -71,7 +100,7 @@ class Database:
     @contextlib.contextmanager
     def write(self, what: str, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """One transaction, ``what`` reads "cannot …". When it was ``durable``, it is on the disk after the block."""
-        with self._lock, self._translated(what):
+        with self._lock, translated(what, self.path):
             connection = self._connected()
             self._be_lax(connection, not durable)
             connection.execute("BEGIN IMMEDIATE")
@@ -84,11 +113,11 @@ class Database:
                     with contextlib.suppress(sqlite3.Error):
                         connection.execute("ROLLBACK")
                 raise
-            self._step(f"after: {what}")
+            self._step(f"after{'' if durable else ', lax'}: {what}")
 
     def read(self, sql: str, *values: Any) -> list[sqlite3.Row]:
         """All rows of a query."""
-        with self._lock, self._translated("read the job journal"):
+        with self._lock, translated("read the job journal", self.path):
             return self._connected().execute(sql, values).fetchall()
 
     def _connected(self) -> sqlite3.Connection:
@@ -102,12 +131,7 @@ class Database:
             connection.execute(f"PRAGMA synchronous = {'NORMAL' if lax else 'FULL'}")
             self._lax = lax
 
-    def _require_sound(self, connection: sqlite3.Connection) -> None:
-        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise sqlite3.DatabaseError(str(found).splitlines()[-1])
-
-    def _carry_over(self, connection: sqlite3.Connection) -> None:
+    def _carry_over(self, connection: sqlite3.Connection, first: tuple[str, Sequence[Any]] | None = None) -> None:
         version = int(connection.execute("PRAGMA user_version").fetchone()[0])
         known = len(self._versions)
         if version > known:
@@ -115,23 +139,52 @@ class Database:
                 f"cannot open the job journal: {self.path} is of version {version}, this agent knows up to {known}",
                 hint="run the agent that wrote it, or set the journal aside",
             )
+        if first is None and version < 1:
+            raise sqlite3.DatabaseError("there is nothing in it")
         connection.execute("BEGIN IMMEDIATE")  # also where there is nothing to do: a file that cannot be written shows
         for number in range(version, known):
             for statement in self._versions[number]:
                 connection.execute(statement)
+        if first is not None:
+            connection.execute(*first)
         if version < known:
             connection.execute(f"PRAGMA user_version = {known}")
             self._step("before: carry the journal over")
         connection.execute("COMMIT")
 
-    @contextlib.contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise _trouble(error, what, self.path) from error
-        except OSError as error:
-            raise DamagedError(f"cannot {what}: {error.strerror}: {self.path}", hint=_HINT) from error
+
+def wal_of(path: Path) -> Path:
+    """SQLite's write-ahead log of a database."""
+    return path.with_name(f"{path.name}-wal")
+
+
+@contextlib.contextmanager
+def translated(what: str, path: Path) -> Iterator[None]:
+    """Turns the errors of SQLite and of the disk into ours; ``what`` reads "cannot …"."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _trouble(error, what, path) from error
+    except OSError as error:
+        raise DamagedError(f"cannot {what}: {error.strerror}: {path}", hint=HINT) from error
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
+    try:
+        connection.row_factory = sqlite3.Row
+        for setting in _SETTINGS:
+            connection.execute(setting)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _require_sound(connection: sqlite3.Connection) -> None:
+    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise sqlite3.DatabaseError(str(found).splitlines()[-1])
 
 
 def _trouble(error: sqlite3.Error, what: str, path: Path) -> AgentError:
@@ -141,15 +194,11 @@ def _trouble(error: sqlite3.Error, what: str, path: Path) -> AgentError:
         return TryLaterError(text, hint="free space on the disk")
     if "locked" in str(error):
         return ConflictError(text, hint="stop the other agent on this folder")
-    return DamagedError(text, hint=_HINT)
+    return DamagedError(text, hint=HINT)
 
 
 def _require_own_file(path: Path) -> None:
-    """Make the file with its mode, or refuse one that is not safely ours. Raises OSError, DamagedError."""
-    if not os.path.lexists(path):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-        fsync_directory(path.parent)
-        return
+    """Refuse a file that is not safely ours. Raises OSError, DamagedError."""
     status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode):
         reason = "it is no regular file"
@@ -159,4 +208,4 @@ def _require_own_file(path: Path) -> None:
         reason = f"other users may open it (mode {stat.S_IMODE(status.st_mode):04o})"
     else:
         return
-    raise DamagedError(f"cannot open the job journal: {reason}: {path}", hint=_HINT)
+    raise DamagedError(f"cannot open the job journal: {reason}: {path}", hint=HINT)

@@ -30,6 +30,7 @@ from agent.work.records import (
     progress_columns,
     progress_of,
     status_of,
+    understood,
     window_of,
 )
 from agent.work.schema import VERSIONS
@@ -95,6 +96,7 @@ class Journal:
         clock_trusted: Callable[[], bool] = lambda: True,
         step: Callable[[str], None] = lambda name: None,
     ) -> None:
+        self._path = path
         self._db = Database(path, VERSIONS, step)
         self._clock = clock
         self._trusted = clock_trusted
@@ -107,6 +109,13 @@ class Journal:
     def open(self) -> Journal:
         """Ready for use. DamagedError, TryLaterError, ConflictError, UnsupportedError say why not."""
         self._db.open()
+        try:
+            for row in self._db.read("SELECT * FROM jobs WHERE published < rev OR state IN ('queued', 'running')"):
+                with understood(self._path):
+                    _record(row)
+        except AgentError:
+            self._db.close()
+            raise
         self._cancelled = {
             row["key"] for row in self._db.read("SELECT key FROM jobs WHERE cancel AND state IN ('queued', 'running')")
         }
@@ -165,6 +174,7 @@ class Journal:
         """
         if order is not None and order.epoch != epoch:
             raise ValueError("a job is of the enrolment of its document")
+        content = None if order is None else order.digest()
         document_digest = hashlib.sha256(document).hexdigest()
         with self._db.write("accept a job") as db:
             counters = _counters(db)
@@ -180,7 +190,7 @@ class Journal:
                 raise Refusal("old_generation", f"cannot take generation {generation}: there was a later one")
             flagged = [] if again else self._cancel(db, cancel, "cancelled", "cancelled by the fleet")
             if known:
-                self._repeat(db, order, known)
+                self._repeat(db, known, content)
             elif order is not None and not again:
                 self._insert(db, order, counters["seq"], rejection)
             if not again:
@@ -232,7 +242,8 @@ class Journal:
             "SELECT epoch, job_id, seq, op, rev, state, phase, step, attempt, at, clock_trusted, result, error "
             "FROM jobs WHERE published < rev AND epoch = (SELECT epoch FROM counters) ORDER BY key"
         )
-        return [status_of(row) for row in rows]
+        with understood(self._path):
+            return [status_of(row) for row in rows]
 
     def published(self, job_id: str, rev: int) -> None:
         """The fleet has this state. Not flushed: after a power cut it is told once more."""
@@ -261,12 +272,14 @@ class Journal:
             int(open_only),
             limit,
         )
-        return [status_of(row) for row in rows]
+        with understood(self._path):
+            return [status_of(row) for row in rows]
 
     def job(self, job_id: str) -> Record | None:
         """A job by its id, of the latest enrolment that has it."""
         rows = self._db.read("SELECT * FROM jobs WHERE job_id = ? ORDER BY epoch DESC LIMIT 1", job_id)
-        return _record(rows[0]) if rows else None
+        with understood(self._path):
+            return _record(rows[0]) if rows else None
 
     # -- for the runner -----------------------------------------------------------------------------------------------
 
@@ -287,7 +300,8 @@ class Journal:
     def load(self, key: int) -> Record | None:
         """A job by its key."""
         rows = self._db.read("SELECT * FROM jobs WHERE key = ?", key)
-        return _record(rows[0]) if rows else None
+        with understood(self._path):
+            return _record(rows[0]) if rows else None
 
     def save(self, key: int, before: Progress, after: Progress, *, durable: bool = True) -> bool:
         """Write ``after`` in place of ``before``; False when the job has moved meanwhile (it was cancelled)."""
@@ -336,9 +350,9 @@ class Journal:
         return {"at": iso(self._clock.now()), "clock_trusted": int(self._trusted())}
 
     @staticmethod
-    def _repeat(db: sqlite3.Connection, order: Order | None, known: sqlite3.Row) -> None:
-        if order is not None and order.digest() != known["digest"]:
-            raise Refusal("job_id_taken", f"cannot take job {order.job_id}: there is another of this id")
+    def _repeat(db: sqlite3.Connection, known: sqlite3.Row, content: str | None) -> None:
+        if content != known["digest"]:
+            raise Refusal("job_id_taken", "cannot take job: there is another of its id")
         db.execute("UPDATE jobs SET published = 0 WHERE key = ?", (known["key"],))
 
     def _cancel(self, db: sqlite3.Connection, job_ids: Iterable[str], code: str, text: str) -> list[int]:
@@ -351,7 +365,9 @@ class Journal:
                     db.execute("UPDATE jobs SET cancel = 1 WHERE key = ?", (row["key"],))
                     flagged.append(row["key"])
                 else:
-                    after = move(progress_of(row), state="cancelled", error=Failure(code, text))
+                    with understood(self._path):
+                        before = progress_of(row)
+                    after = move(before, state="cancelled", error=Failure(code, text))
                     keys = {"key": row["key"], "before": row["rev"]}
                     db.execute(SAVE, progress_columns(after) | self._stamp() | keys)
         return flagged

@@ -13,9 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.base.errors import DamagedError
-from agent.base.files import TEMPORARY_PREFIX, fsync_directory
-from agent.work.database import Database
+from agent.work.database import Database, translated, wal_of
 from agent.work.schema import VERSIONS
 
 #: No document has a higher counter (docs/spec/link.md 3).
@@ -24,7 +22,7 @@ _CLOSED = (1 << 53) - 1
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """Where the old journal is now, None where there was none; without its counters the device must be enrolled anew."""
+    """Where the old journal is now, None where there was none. Without its counters the device is enrolled anew."""
 
     path: Path | None
     counters_kept: bool
@@ -35,23 +33,21 @@ def set_aside(path: Path, epoch: int, stamp: str, step: Callable[[str], None] = 
 
     ``stamp`` names the old one. Jobs that were open are lost. DamagedError where the folder cannot be written to.
     """
-    try:
+    aside = path.with_name(f"{path.name}.damaged-{stamp}")
+    with translated("set the job journal aside", path):
         counters = _salvaged(path)
-        fresh = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")
-        for leftover in (fresh, _wal(fresh)):
-            leftover.unlink(missing_ok=True)
-        _make(fresh, counters or (epoch, _CLOSED, _CLOSED, _CLOSED), step)
-        aside = path.with_name(f"{path.name}.damaged-{stamp}") if os.path.lexists(path) else None
-        if aside is not None:
-            os.rename(path, aside)
-        # A WAL that stayed would be read into the new file.
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(_wal(path), _wal(aside or path.with_name(f"{path.name}.damaged-{stamp}")))
-        os.rename(fresh, path)
-        fsync_directory(path.parent)
-    except OSError as error:
-        raise DamagedError(f"cannot set the job journal aside: {error.strerror}: {error.filename}") from error
-    return SetAside(aside, counters is not None)
+        existed = os.path.lexists(path)
+        database = Database(path, VERSIONS, step)
+        database.prepare(
+            "UPDATE counters SET epoch = ?, generation = ?, seq = ?, desired_version = ?",
+            counters or (epoch, _CLOSED, _CLOSED, _CLOSED),
+        )
+        for old, new in ((path, aside), (wal_of(path), wal_of(aside))):
+            step("before: move the old journal")
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(old, new)
+        database.place()
+    return SetAside(aside if existed else None, counters is not None)
 
 
 def _salvaged(path: Path) -> tuple[int, ...] | None:
@@ -67,17 +63,3 @@ def _salvaged(path: Path) -> tuple[int, ...] | None:
     if row is None or not all(isinstance(value, int) and 0 <= value <= _CLOSED for value in row):
         return None
     return tuple(row)
-
-
-def _make(path: Path, counters: tuple[int, ...], step: Callable[[str], None]) -> None:
-    database = Database(path, VERSIONS, step)
-    database.open()
-    try:
-        with database.write("begin a new journal") as db:
-            db.execute("UPDATE counters SET epoch = ?, generation = ?, seq = ?, desired_version = ?", counters)
-    finally:
-        database.close()
-
-
-def _wal(path: Path) -> Path:
-    return path.with_name(f"{path.name}-wal")

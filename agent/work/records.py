@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from agent.base.errors import DamagedError
+from agent.work.database import HINT
 from agent.work.jobs import MAX_RESULT_BYTES, Ending, Failure, JobStatus, Order, Progress, WindowSpec
 
 INSERT = """INSERT INTO jobs (
@@ -26,6 +30,15 @@ SAVE = """UPDATE jobs SET
     clock_trusted = CASE WHEN rev < :rev THEN :clock_trusted ELSE clock_trusted END,
     envelope = CASE WHEN :state IN ('queued', 'running') THEN envelope ELSE x'' END
 WHERE key = :key AND rev = :before AND state IN ('queued', 'running')"""
+
+
+@contextlib.contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """What cannot be in a row that was written here means a damaged file: DamagedError."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedError(f"cannot read the job journal: a row makes no sense: {path}", hint=HINT) from error
 
 
 def order_columns(order: Order) -> dict[str, Any]:
@@ -106,15 +119,15 @@ def progress_of(row: sqlite3.Row) -> Progress:
         state=row["state"],
         phase=row["phase"],
         step=row["step"],
-        rev=row["rev"],
-        attempt=row["attempt"],
-        stalled=row["stalled"],
-        elapsed_s=row["elapsed_s"],
+        rev=_whole(row["rev"]),
+        attempt=_whole(row["attempt"]),
+        stalled=_whole(row["stalled"]),
+        elapsed_s=float(row["elapsed_s"]),
         begun=tuple(json.loads(row["begun"])),
-        done=row["done"],
+        done=_whole(row["done"]),
         ending=_ending(row["ending"]),
-        notes=json.loads(row["notes"]),
-        result=None if row["result"] is None else json.loads(row["result"]),
+        notes=dict(json.loads(row["notes"])),
+        result=None if row["result"] is None else dict(json.loads(row["result"])),
         error=_failure(row["error"]),
     )
 
@@ -124,19 +137,25 @@ def status_of(row: sqlite3.Row) -> JobStatus:
     ended = row["state"] not in ("queued", "running")
     return JobStatus(
         job_id=row["job_id"],
-        epoch=row["epoch"],
-        seq=row["seq"],
+        epoch=_whole(row["epoch"]),
+        seq=_whole(row["seq"]),
         op=row["op"],
-        rev=row["rev"],
+        rev=_whole(row["rev"]),
         state=row["state"],
         phase=row["phase"],
         step=row["step"],
-        attempt=row["attempt"],
+        attempt=_whole(row["attempt"]),
         at=row["at"],
         clock_trusted=bool(row["clock_trusted"]),
         result=json.loads(row["result"]) if ended and row["result"] is not None else None,
         error=_failure(row["error"]),
     )
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int):
+        raise TypeError("a whole number is expected")
+    return value
 
 
 def bounded(result: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ _FIRST = (
         seq INTEGER NOT NULL,
         op TEXT NOT NULL,
         kind TEXT NOT NULL,
-        lane TEXT NOT NULL,
+        lane TEXT NOT NULL CHECK (lane IN ('normal', 'rescue')),
         priority INTEGER NOT NULL,
         args TEXT NOT NULL,
         not_after TEXT,
@@ -40,7 +40,9 @@ _FIRST = (
         published INTEGER NOT NULL DEFAULT 0,
         at TEXT NOT NULL,
         clock_trusted INTEGER NOT NULL,
-        state TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (
+            state IN ('queued', 'running', 'succeeded', 'failed', 'rejected', 'cancelled')
+        ),
         phase TEXT,
         step TEXT,
         rev INTEGER NOT NULL,
