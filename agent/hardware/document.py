@@ -73,6 +73,7 @@ def _system(facts: Facts) -> dict[str, Any]:
         "max_mhz": facts.max_mhz,
         "governor": facts.governor,
         "power_mode": facts.power_mode,
+        "big_core_types": None if facts.big_core_types is None else list(facts.big_core_types),
         "online_cpus": None if facts.online_cpus is None else list(facts.online_cpus),
         "usable_cpus": None if facts.usable_cpus is None else list(facts.usable_cpus),
         "page_size": facts.page_size,
