@@ -1,0 +1,1 @@
+"""The link process: the MQTT session and what waits for it. It has the network and decides nothing."""

@@ -1,0 +1,109 @@
+"""The link's own TLS key and certificate, and what it opens for TLS. The key is made here and never leaves.
+
+Invariants: files are whole or not there; a certificate that does not fit the key is never stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+from pathlib import Path
+
+from agent.base.errors import ConfigError, DamagedError
+from agent.base.files import read_bounded, temporary_name, write_atomically
+from agent.link.settings import Broker
+
+KEY_FILE = "client.key"
+CERTIFICATE_FILE = "client.crt"
+REQUEST_FILE = "client.csr"
+_MAX_BYTES = 65536
+
+
+class Identity:
+    """The folder with the link's key and certificate."""
+
+    def __init__(self, folder: Path) -> None:
+        self._key = folder / KEY_FILE
+        self._certificate = folder / CERTIFICATE_FILE
+        self._request = folder / REQUEST_FILE
+
+    def files(self) -> tuple[str, str] | None:
+        """Certificate and key, where an enrolment has given one."""
+        both = self._certificate.is_file() and self._key.is_file()
+        return (str(self._certificate), str(self._key)) if both else None
+
+    def request(self, keyid: str) -> str:
+        """A certificate request (PEM) for the key; both are made when there are none. The approver chooses the name."""
+        if not (self._key.is_file() and self._request.is_file()):
+            self._make(keyid)
+        try:
+            return read_bounded(self._request, _MAX_BYTES).decode("ascii")
+        except ValueError as error:
+            raise DamagedError(f"cannot read {self._request}", hint="delete it: a new one is made") from error
+
+    def _make(self, keyid: str) -> None:
+        from cryptography import x509  # noqa: PLC0415 - it would stay in memory for good: only where it is needed
+        from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415
+        from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
+
+        key = ec.generate_private_key(ec.SECP256R1())
+        pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+        name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, keyid)])
+        request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key, hashes.SHA256())
+        self._request.unlink(missing_ok=True)  # never one that is of another key
+        write_atomically(self._key, key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+        write_atomically(self._request, request.public_bytes(pem))
+
+    def store(self, certificate: str) -> None:
+        """Keep the certificate (PEM, leaf first) of an enrolment. DamagedError when it does not fit the key; OSError."""
+        if self._certificate.is_file() and read_bounded(self._certificate, _MAX_BYTES) == certificate.encode():
+            return
+        candidate = temporary_name(self._certificate)
+        write_atomically(candidate, certificate.encode())
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.load_cert_chain(candidate, self._key, password="")
+        except (OSError, ValueError) as error:
+            raise DamagedError(
+                "cannot use the certificate of the enrolment: it does not fit this link's key"
+            ) from error
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                candidate.unlink()
+        write_atomically(self._certificate, certificate.encode())
+
+
+def tls_context(broker: Broker, own: tuple[str, str] | None) -> ssl.SSLContext | None:
+    """TLS towards ``broker``, None without. ``own``: certificate and key for a broker that names none. ConfigError."""
+    if not broker.tls:
+        return None
+    chain = (broker.cert_file, broker.key_file) if broker.cert_file and broker.key_file else own
+    opened = broker.ca_file or "the system's certificates"
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the certificate and the name in it
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if broker.ca_file:
+            context.load_verify_locations(broker.ca_file)
+        else:
+            context.load_default_certs()
+        if chain:
+            opened = chain[0]
+            # A password that opens nothing: without one OpenSSL would ask for it on the terminal.
+            context.load_cert_chain(*chain, password="")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot use {opened} for TLS: {getattr(error, 'strerror', None) or error}",
+            hint="link's own user must be able to read the CA, the certificate and its key",
+        ) from error
+    return context
+
+
+def read_password(broker: Broker) -> str | None:
+    """The first line of the password file; None where the settings name none. ConfigError."""
+    if not broker.password_file:
+        return None
+    try:
+        data = read_bounded(Path(broker.password_file), _MAX_BYTES)
+        return data.split(b"\n", 1)[0].rstrip(b"\r").decode()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the password in {broker.password_file}: {error}") from error
