@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from agent.base.errors import NotFoundError, PeerError
+from agent.core.fleet import Fleet
 from agent.core.operating import Operations, Progress
 from agent.operations.install import AddRequest, Installer
 from agent.operations.maintain import Maintenance
@@ -36,6 +37,7 @@ class AdminApi:
         operations: Operations,
         status: Callable[[], dict[str, Any]],
         diagnose: Callable[[], list[dict[str, Any]]],
+        fleet: Fleet,
     ) -> None:
         self._store = store
         self._installer = installer
@@ -43,6 +45,7 @@ class AdminApi:
         self._operations = operations
         self._status = status
         self._diagnose = diagnose
+        self._fleet = fleet
 
     def routes(self) -> list[Route]:
         """The table."""
@@ -61,6 +64,10 @@ class AdminApi:
             ("POST", "/v1/store/verify", self._verify),
             ("POST", "/v1/store/gc", self._gc),
             ("POST", "/v1/store/rotate-key", self._rotate),
+            ("GET", "/v1/jobs", lambda request: json_response({"jobs": self._fleet.jobs()})),
+            ("GET", "/v1/jobs/{id}", self._job),
+            ("GET", "/v1/maintenance", lambda request: json_response({"tasks": self._fleet.maintenance()})),
+            ("POST", "/v1/maintenance", self._maintain),
         ]
         return [Route(method, path, OPERATE, handler, deadline_s=_LONG_S) for method, path, handler in rows]
 
@@ -131,6 +138,25 @@ class AdminApi:
 
     async def _rotate(self, request: Request) -> Response:
         return await self._do(request, "store rotate-key", self._maintenance.rotate_key)
+
+    # -- fleet ----------------------------------------------------------------------------------------------------
+
+    def _job(self, request: Request) -> Response:
+        job_id = request.params["id"]
+        found = self._fleet.job(job_id)
+        if found is None:
+            raise NotFoundError(f"job '{job_id}': no such job")
+        return json_response(found)
+
+    async def _maintain(self, request: Request) -> Response:
+        options = request.json()
+        _known(options, {"run"})
+        names = options.get("run", [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise PeerError("cannot read request: 'run' must be a list of tasks")
+        return await self._do(request, "maintenance", lambda tell: {"tasks": self._fleet.run_tasks(names, tell)})
+
+    # -- the whole ------------------------------------------------------------------------------------------------
 
     async def _doctor(self, request: Request) -> Response:
         return await self._do(request, "doctor", lambda tell: {"findings": self._diagnose()})

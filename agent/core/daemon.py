@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import grp
 import logging
 import os
-import pwd
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,27 +24,33 @@ from agent.base import config as configuration
 from agent.base.clock import SystemClock
 from agent.base.config import Config, Paths
 from agent.base.errors import AgentError, ConfigError
-from agent.base.files import require_own
+from agent.base.files import require_own, write_atomically
 from agent.base.hardening import forbid_inspection, lock_memory
 from agent.base.memory import Fence
 from agent.base.systemd import Handover, Notifier, adopt_sockets
 from agent.core import health, logs
 from agent.core.admin_api import AdminApi
 from agent.core.device import Device, inventory_of, look_at_device
+from agent.core.fleet import Fleet, Within
+from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
+from agent.core.link_api import LinkApi
 from agent.core.memory import settle
 from agent.core.operating import Operations
+from agent.core.presenting import fleet_facts, reported_models
+from agent.core.telemetry import energy_record, heat_record, memory_record, models_record
 from agent.hardware.sensors import read_sensors
 from agent.infer.engine import Engine, EngineLimits, Key
 from agent.infer.runtimes.probe import Runtimes
 from agent.infer.shelf import Option
+from agent.infer.tensors import InferRequest, InferResponse, Tensor
 from agent.operations.install import Installer, Serving
 from agent.operations.maintain import Maintenance
 from agent.operations.measured import Choice, ChooseVariant, DeviceView, outdated
 from agent.operations.shelving import shelf_from
-from agent.serve.access import ModelRule, ModelRules
+from agent.selection.inventory import inventory_document
 from agent.serve.admin import ADMIN_LIMITS, admin_server
 from agent.serve.inference import Inference
-from agent.serve.limits import MIB, Limits
+from agent.serve.limits import MIB
 from agent.serve.routes import RouteTable
 from agent.serve.server import Server
 from agent.store.document import CatalogDocument
@@ -54,6 +58,8 @@ from agent.store.keys import DeviceKeys
 from agent.store.store import Store
 
 _LOG = logging.getLogger("edge_agent.core")
+#: One run of a golden example.
+_RECHECK_S = 60.0
 #: One file a request; an operator's connection may idle for long.
 _ADMIN_LIMITS = replace(ADMIN_LIMITS, descriptors=1, idle_s=600.0)
 
@@ -73,7 +79,7 @@ class Core:
         self._stop = asyncio.Event()
         self._operations = Operations()
         self._runtimes = Runtimes()
-        self._rules = _model_rules(config)
+        self._rules = model_rules(config)
 
     async def run(self) -> None:
         """Start, serve until told to stop, drain, stop. Raises AgentError when it cannot start."""
@@ -126,6 +132,36 @@ class Core:
             go_on=self._operations.go_on,
         )
         self._maintenance = Maintenance(self._store, serving.show)
+        self._fleet = Fleet(self._paths, self._store, self._within())
+
+    def _within(self) -> Within:
+        device = self._device
+        return Within(
+            operations=self._operations,
+            installer=self._installer,
+            maintenance=self._maintenance,
+            file_config=lambda: self._config,
+            hold=self._hold,
+            status=self._status,
+            findings=lambda: [*health.check_device(device), *health.check_store(self._store)],
+            diagnose=self._diagnose,
+            facts=lambda: fleet_facts(device.facts, device.profile, device.problems),
+            profile=lambda: device.profile.id,
+            inventory=lambda: inventory_document(inventory_of(self._runtimes)),
+            models=lambda: reported_models(self._store.document),
+            streams={
+                "status": lambda: {"uptime_s": round(time.monotonic() - self._started, 1), **_process()},
+                "models": lambda: models_record(self._inference.statistics_document()),
+                "heat": lambda: heat_record(read_sensors()),
+                "memory": lambda: memory_record(read_sensors(), _process()),
+                "energy": lambda: energy_record(read_sensors()),
+                "health": lambda: {"verdict": health.verdict(self._fleet.all_findings())},
+            },
+            ask=self._ask,
+            unload_all=self._unload_all,
+            restart=self.stop,
+            reboot=self._request_reboot,
+        )
 
     def _device_view(self) -> DeviceView:
         device = self._device
@@ -157,8 +193,8 @@ class Core:
     # -- serving ------------------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        config, limits = self._config, _infer_limits(self._config)
-        inference = Inference(
+        config, limits = self._config, infer_limits(self._config)
+        inference = self._inference = Inference(
             self._engine,
             limits=limits,
             rules=self._rules,
@@ -166,11 +202,20 @@ class Core:
             metrics=[self._socket_metrics],
         )
         self._infer = Server(RouteTable(inference.routes()), limits)
-        api = AdminApi(self._store, self._installer, self._maintenance, self._operations, self._status, self._diagnose)
-        self._admin = admin_server(api.routes(), link_uid=_uid_of(config.sockets.link_user), limits=_ADMIN_LIMITS)
+        api = AdminApi(
+            self._store,
+            self._installer,
+            self._maintenance,
+            self._operations,
+            self._status,
+            self._diagnose,
+            self._fleet,
+        )
+        rows = [*api.routes(), *LinkApi(self._fleet).routes()]
+        self._admin = admin_server(rows, link_uid=uid_of(config.sockets.link_user), limits=_ADMIN_LIMITS)
         passed = adopt_sockets(self._handover.descriptors, {"infer", "admin"})
         for name, server, path, group in (
-            ("infer", self._infer, self._paths.infer_socket, _gid_of(config.sockets.infer_group)),
+            ("infer", self._infer, self._paths.infer_socket, gid_of(config.sockets.infer_group)),
             ("admin", self._admin, self._paths.admin_socket, None),
         ):
             if name in passed:
@@ -188,6 +233,7 @@ class Core:
             loop.add_signal_handler(number, action)
         for problem in self._device.problems:
             _LOG.warning("profile ignored: %s", problem)
+        self._fleet.start()
         took = time.monotonic() - self._started
         models = len(self._store.document.models)
         _LOG.info("ready after %.2f s: %d models, board %s", took, models, self._device.facts.board)
@@ -201,10 +247,14 @@ class Core:
 
     async def _wind_down(self) -> None:
         self._notifier.stopping("draining")
+        if hasattr(self, "_fleet"):
+            self._fleet.stop()
         self._operations.stop()  # first, or the admin socket would drain for as long as a trial lasts
         servers = [server for server in (getattr(self, "_infer", None), getattr(self, "_admin", None)) if server]
         await asyncio.gather(*(server.drain(self._config.server.drain_s) for server in servers))
         await self._operations.close()
+        if hasattr(self, "_fleet"):
+            self._fleet.close()
         self.all_ended = await self._engine.close()
         _LOG.info("stopped")
 
@@ -245,9 +295,33 @@ class Core:
             _LOG.error("configuration not reloaded: %s", error)
             return
         self._config = config
-        logs.set_up(config.log, journal="JOURNAL_STREAM" in os.environ)
-        self._rules.replace(_model_rules(config))
+        self._fleet.reload()
+        self._hold(self._fleet.config)
         _LOG.info("configuration reloaded; limits of sockets, store and memory hold from the next start on")
+
+    def _hold(self, config: Config) -> None:
+        """What of a configuration holds at once: the log and the access rules. The fleet's side reads its own."""
+        logs.set_up(config.log, journal="JOURNAL_STREAM" in os.environ)
+        self._rules.replace(model_rules(config))
+
+    def _ask(self, model: str, version: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """From the operations' thread: one run of what serves a model."""
+        served = self._engine.served(model, version)
+        datatypes = {spec.name: spec.datatype for spec in served.inputs}
+        tensors = tuple(Tensor(name, datatypes[name], array) for name, array in arrays.items())
+
+        async def ask() -> InferResponse:
+            found = self._engine.infer(model, version, InferRequest(tensors), time.monotonic() + _RECHECK_S)
+            return found if isinstance(found, InferResponse) else await found
+
+        return {tensor.name: tensor.array for tensor in self._operations.await_on_loop(ask()).outputs}
+
+    def _unload_all(self) -> int:
+        return sum(self._engine.unload(name) for name in {row["model"] for row in self._engine.loaded()})
+
+    def _request_reboot(self) -> None:
+        """Core may not reboot anything: a unit of root's looks for this file (edge-agent-reboot.path)."""
+        write_atomically(self._paths.state_dir / "reboot-requested", b"")
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
@@ -266,8 +340,9 @@ class Core:
             "loaded": self._engine.loaded(),
             "process": _process(),
             "under_way": self._operations.under_way,
-            "health": health.verdict([*health.check_device(self._device), *health.check_store(self._store)]),
+            "health": health.verdict(self._fleet.all_findings()),
             "throttled": read_sensors().throttled_now,
+            **self._fleet.status(),
         }
 
     def _diagnose(self) -> list[dict[str, Any]]:
@@ -279,6 +354,7 @@ class Core:
             health.check_confinement,
             lambda: health.check_swap(self._device.facts, locked=self._locked),
             lambda: health.check_clock(time.gmtime().tm_year),
+            self._fleet.findings,
         ]
         findings: list[health.Finding] = []
         for check in checks:
@@ -310,47 +386,6 @@ def _make_private(paths: Paths) -> None:
         raise ConfigError(
             f"cannot use {error.filename}: {error.strerror}", hint="choose folders with --state-dir and --run-dir"
         ) from error
-
-
-def _infer_limits(config: Config) -> Limits:
-    server = config.server
-    return Limits(
-        head_bytes=server.max_header_kb * 1024,
-        request_line_bytes=min(8192, server.max_header_kb * 1024),
-        body_bytes=server.max_body_mb * MIB,
-        request_s=server.deadline_s,
-        idle_s=server.idle_s,
-        write_s=server.deadline_s,
-        connections=server.max_connections,
-        connections_per_uid=server.connections_per_uid,
-        bytes_per_uid=server.buffered_mb_per_uid * MIB,
-        bytes_total=server.max_buffered_mb * MIB,
-    )
-
-
-def _model_rules(config: Config) -> ModelRules:
-    rules = {
-        name: ModelRule(
-            frozenset(rule.uids) | {uid for user in rule.users if (uid := _uid_of(user)) is not None},
-            frozenset(rule.gids) | {gid for group in rule.groups if (gid := _gid_of(group)) is not None},
-        )
-        for name, rule in config.access.models.items()
-    }
-    return ModelRules(rules, default=ModelRule() if config.access.default == "deny" else None)
-
-
-def _uid_of(user: str) -> int | None:
-    try:
-        return pwd.getpwnam(user).pw_uid
-    except KeyError:
-        return None
-
-
-def _gid_of(group: str) -> int | None:
-    try:
-        return grp.getgrnam(group).gr_gid if group else None
-    except KeyError:
-        return None
 
 
 def _headroom_mb(device: Device, available_mb: int | None) -> int:

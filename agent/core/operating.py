@@ -82,6 +82,32 @@ class Operations:
         future.add_done_callback(lambda _: at_end())
         return await asyncio.shield(future)
 
+    def submit(self, name: str, work: Callable[[], None]) -> None:
+        """From any thread: have ``work`` done in its turn, without waiting. TryLaterError when too many wait."""
+        loop = self._loop
+        if loop is None:
+            raise TryLaterError(f"cannot start {name}: the agent has not started")
+        self._require_room(name)
+
+        def named() -> None:
+            if not self._stopping.is_set():
+                self._doing, self._since = name, time.monotonic()
+                try:
+                    work()
+                finally:
+                    self._doing = ""
+
+        def adopt() -> None:
+            wrapped = asyncio.wrap_future(future)
+            self._futures.add(wrapped)
+            wrapped.add_done_callback(self._done)
+
+        try:
+            future = self._executor.submit(named)
+        except RuntimeError as error:  # shut down
+            raise TryLaterError(f"cannot start {name}: the agent is stopping") from error
+        loop.call_soon_threadsafe(adopt)
+
     def _require_room(self, name: str) -> None:
         self.go_on()
         if len(self._futures) >= _MOST_WAITING:

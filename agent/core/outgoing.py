@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Message:
     def document(self) -> dict[str, Any]:
         """As link gets it."""
         found: dict[str, Any] = {
-            "id": self.id,
+            "id": str(self.id),
             "topic": self.topic,
             "kind": self.kind,
             "retain": self.retain,
@@ -68,6 +69,10 @@ class Outgoing:
         kind: Kind = "alert" if topic.startswith("up/alert/") else "state"
         self._states[topic] = Message(self._next(), topic, kind, retain, confirm, payload)
 
+    def drop(self, topic: str) -> None:
+        """Say no more on ``topic``."""
+        self._states.pop(topic, None)
+
     def answer(self, payload: bytes) -> None:
         """One answer to a question; the oldest is lost when nobody takes them."""
         self._answers.append(Message(self._next(), "up/rpc", "rpc", payload=payload))
@@ -92,18 +97,16 @@ class Outgoing:
         messages = self._later(seen)
         if not messages and wait_s > 0:
             self._news.clear()
-            try:
+            with contextlib.suppress(asyncio.TimeoutError):  # on Python 3.10 a class of its own
                 await asyncio.wait_for(self._news.wait(), wait_s)
-            except asyncio.TimeoutError:  # on Python 3.10 a class of its own
-                pass
             messages = self._later(seen)
         last = messages[-1].id if messages else seen
         return f"{self._nonce}:{last}", messages
 
-    def confirm(self, ids: set[int]) -> None:
+    def confirm(self, ids: set[str]) -> None:
         """The broker has these."""
         for topic, message in list(self._states.items()):
-            if message.confirm and message.id in ids:
+            if message.confirm and str(message.id) in ids:
                 if message.retain:
                     self._states[topic] = Message(message.id, topic, message.kind, retain=True, payload=message.payload)
                 else:

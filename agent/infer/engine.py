@@ -169,6 +169,10 @@ class Engine:
         """Whether the version can answer; NotFoundError for one that is not installed."""
         return bool(self._shelf.find(name, version).options) and not self._closing
 
+    def served(self, name: str, version: str | None = None) -> Served:
+        """What is on the shelf; NotFoundError."""
+        return self._shelf.find(name, version)
+
     def labels(self, name: str, version: str | None = None) -> tuple[str, ...]:
         """Class labels of the model, for the classification extension."""
         return self._shelf.find(name, version).labels

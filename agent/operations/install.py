@@ -133,6 +133,24 @@ class Installer:
         self._serving.load(name, version)
         return self._result(name, version)
 
+    def retry(self, name: str, version: str, progress: Progress) -> bool:
+        """Try the candidates of an installed version where what was measured no longer holds; whether it did."""
+        entry = self._version(name, version)
+        known = Known(entry.measurements, entry.quarantine)
+        if not self._outdated(entry.manifest, known, entry.chosen):
+            return False
+        choice = self._choose(entry.manifest, entry.blobs, Known(quarantine=entry.quarantine), {}, progress)
+        _require_choice(choice, f"cannot choose a variant of '{name}'")
+        self._serving.show(self._store.commit(lambda document: _with_choice(document, name, version, choice)))
+        return True
+
+    def pin(self, name: str, *, pinned: bool) -> None:
+        """Let the fleet's jobs leave the active version alone, or no longer."""
+        self._model(name)
+        self._store.commit(
+            lambda document: _replace(document, name, document.models[name].model_copy(update={"pinned": pinned}))
+        )
+
     def review(self, progress: Progress = lambda event: None) -> dict[str, list[str]]:
         """Try anew every active version whose measurements no longer hold; what had changed, by model."""
         changed: dict[str, list[str]] = {}

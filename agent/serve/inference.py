@@ -136,6 +136,10 @@ class Inference:
         entries = self._visible(request.peer)
         return json_response(self._statistics.document((entry["name"], entry["version"]) for entry in entries))
 
+    def statistics_document(self) -> dict[str, Any]:
+        """The statistics of every model, for those who need not ask over the socket."""
+        return self._statistics.document((entry["name"], entry["version"]) for entry in self._models.index())
+
     # One model.
 
     def _metadata(self, request: Request) -> Response:

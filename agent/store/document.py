@@ -67,6 +67,21 @@ class ModelEntry(_Entry):
     versions: dict[SemVer, VersionEntry] = Field(default_factory=dict)
 
 
+class FleetEntry(_Entry):
+    """What ties the device to its fleet; here because it must be as secret and as hard to swap as the models.
+
+    ``identity`` is the seed of the signing key (hex), ``enrolment`` the signed envelope that enrolled it (base64).
+    ``config`` is what the fleet has set over the configuration file, ``mark`` who asked for it, ``before`` what it was.
+    """
+
+    identity: Sha256 | None = None
+    enrolment: str = ""
+    config: dict[str, JsonValue] = Field(default_factory=dict)
+    before: dict[str, JsonValue] = Field(default_factory=dict)
+    mark: str = ""
+    state: Literal["default", "applied", "confirming", "reverted", "refused"] = "default"
+
+
 class CatalogDocument(_Entry):
     """All of it. ``generation`` and ``saved_at`` are set by the store at each commit."""
 
@@ -74,6 +89,7 @@ class CatalogDocument(_Entry):
     generation: Annotated[int, Field(ge=0)] = 0
     saved_at: str = ""
     models: dict[Name, ModelEntry] = Field(default_factory=dict)
+    fleet: FleetEntry = FleetEntry()
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> CatalogDocument:

@@ -1,0 +1,138 @@
+"""Whom this device obeys now, and who it is: ``trust.toml``, the enrolment in the catalog, and the identity key.
+
+The identity is made once, at the first start with a ``trust.toml``, and is kept in the sealed catalog; the enrolment is
+kept there as the signed envelope that it came in and is verified anew at each start against the key in ``trust.toml``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import logging
+import secrets
+from pathlib import Path
+from typing import Any
+
+from agent.base.errors import AgentError, PeerError
+from agent.store.document import CatalogDocument
+from agent.store.store import Store
+from agent.trust.allegiance import Allegiance, load, public_key, trusted_keys
+from agent.trust.envelope import EnvelopeError, PublicKey, Signer, open_envelope
+from agent.wire.messages import Enrolment, decode
+
+_LOG = logging.getLogger("edge_agent.enrolment")
+
+
+class Enroller:
+    """``signer`` is the device's identity, None without a ``trust.toml``. For the event loop's thread."""
+
+    def __init__(self, trust_file: Path, store: Store) -> None:
+        self._file = trust_file
+        self._store = store
+        self._base: Allegiance | None = None
+        self.allegiance: Allegiance | None = None
+        self.signer: Signer | None = None
+        #: Why there is no fleet although somebody meant there to be one.
+        self.problem: str = ""
+
+    def read(self) -> None:
+        """Look at the file and the catalog. A wrong file leaves the device without a fleet, and is told."""
+        self.problem = ""
+        try:
+            self._base = self.allegiance = load(self._file)
+        except AgentError as error:
+            self._base = self.allegiance = None
+            self.problem = str(error)
+            _LOG.error("no fleet: %s", error)
+        if self._base is None:
+            return
+        self.signer = Signer(self._identity())
+        if self._base.device is None and (kept := self._store.document.fleet.enrolment):
+            try:
+                self.allegiance = self._enrolled(self._verified(base64.b64decode(kept)))
+            except AgentError as error:  # enrolled under another key: the file was replaced, the device waits anew
+                _LOG.warning("the enrolment no longer holds: %s", error)
+
+    def accept(self, data: bytes) -> Enrolment:
+        """Be enrolled by an envelope: durable when this returns. EnvelopeError, PeerError."""
+        if self._base is None or self._base.device is not None:
+            raise EnvelopeError("wrong_topic", "this device's trust.toml does not wait for an enrolment")
+        document = self._verified(data)
+        known = self.allegiance.epoch if self.allegiance is not None else 0
+        if document.epoch < known:
+            raise EnvelopeError(
+                "old_epoch", f"it is enrolment {document.epoch}, the device has been enrolled as {known}"
+            )
+        allegiance = self._enrolled(document)
+        text = base64.b64encode(data).decode()
+
+        def change(catalog: CatalogDocument) -> CatalogDocument:
+            return catalog.model_copy(update={"fleet": catalog.fleet.model_copy(update={"enrolment": text})})
+
+        self._store.commit(change)
+        self.allegiance = allegiance
+        return document
+
+    def _identity(self) -> bytes:
+        """The seed of the identity key; made and committed when there is none."""
+        seed = self._store.document.fleet.identity
+        if seed is None:
+            made = secrets.token_bytes(32).hex()
+
+            def change(catalog: CatalogDocument) -> CatalogDocument:
+                if catalog.fleet.identity is not None:
+                    return catalog
+                return catalog.model_copy(update={"fleet": catalog.fleet.model_copy(update={"identity": made})})
+
+            seed = self._store.commit(change).fleet.identity
+        return bytes.fromhex(seed or "")
+
+    def _verified(self, data: bytes) -> Enrolment:
+        assert self._base is not None
+        assert self.signer is not None
+        enroller = self._base.enroller
+        keys: dict[str, PublicKey] = {} if enroller is None else {enroller.keyid: enroller}
+        document = decode(open_envelope(data, Enrolment.KIND, keys).payload, Enrolment)
+        if document.tenant != self._base.tenant:
+            raise EnvelopeError("wrong_tenant", f"it is of tenant '{document.tenant}'")
+        if document.identity != identity_text(self.signer):
+            raise EnvelopeError("wrong_device", "it is for a device of another identity")
+        if document.device == "claim":
+            raise EnvelopeError("bad_message", "'claim' is no name of a device")
+        return document
+
+    def _enrolled(self, document: Enrolment) -> Allegiance:
+        try:
+            keys = trusted_keys([(key.name, key.public, key.classes) for key in document.keys])
+        except (ValueError, binascii.Error) as error:
+            raise PeerError(f"cannot be enrolled: {error}") from error
+        return Allegiance(document.tenant, document.device, document.epoch, keys)
+
+
+def identity_text(signer: Signer) -> str:
+    """The public identity as it stands in messages: base64 of 32 bytes."""
+    text = base64.b64encode(signer.public.raw).decode()
+    public_key(text)  # the same reader that others use
+    return text
+
+
+def settings_state(allegiance: Allegiance | None, host: str) -> str:
+    """What link is to do: ``off``, ``claim`` or ``enrolled``."""
+    if allegiance is None or not host:
+        return "off"
+    return "enrolled" if allegiance.device is not None else "claim"
+
+
+def describe(allegiance: Allegiance | None) -> dict[str, Any]:
+    """For ``status``."""
+    if allegiance is None:
+        return {"tenant": None, "device": None, "epoch": 0, "keys": []}
+    return {
+        "tenant": allegiance.tenant,
+        "device": allegiance.device,
+        "epoch": allegiance.epoch,
+        "keys": [
+            {"name": key.name, "keyid": keyid, "classes": sorted(key.classes)}
+            for keyid, key in sorted(allegiance.keys.items())
+        ],
+    }

@@ -1,0 +1,644 @@
+"""The fleet's side of core, wired: journal and runner, inbox and outgoing, twin, questions, telemetry, maintenance.
+
+Everything here works without a fleet too: local jobs do not exist, yet maintenance is planned and its results are
+kept. A journal that cannot be opened leaves the device serving and says what mends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from typing import Any
+
+from agent import __version__
+from agent.base.clock import SystemClock, TrustedClock, iso
+from agent.base.config import Config, Paths
+from agent.base.errors import AgentError, DamagedError, PeerError, TryLaterError
+from agent.core import diagnostics, health
+from agent.core.enrolling import Enroller, describe, identity_text, settings_state
+from agent.core.inbox import DESIRED_MARK, Called, Inbox, require_address
+from agent.core.link_api import LinkState
+from agent.core.logs import RECENT
+from agent.core.operating import Operations
+from agent.core.outgoing import Message, Outgoing
+from agent.core.questions import Questions, lines_of, without_args
+from agent.core.tasks import Means, tasks
+from agent.core.telemetry import Telemetry
+from agent.operations.configure import RemoteConfig, drift
+from agent.operations.install import Installer
+from agent.operations.jobs import Around, Jobs
+from agent.operations.maintain import Maintenance
+from agent.operations.plan import Plan
+from agent.store.store import Store
+from agent.trust.envelope import EnvelopeError, open_envelope, seal
+from agent.wire import messages as wire
+from agent.wire.messages import decode
+from agent.wire.ops import OPS
+from agent.work.jobs import JobStatus, Lane, Order
+from agent.work.journal import Journal
+from agent.work.runner import Runner
+
+_LOG = logging.getLogger("edge_agent.fleet")
+#: No date before this release can be right.
+_BUILT = datetime(2026, 11, 1, tzinfo=timezone.utc)
+_FLOOR = "clock-floor"
+_PLAN_S = 30.0
+_MOST_MODELS = 150
+_MOST_SAID = 200
+_REPORT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """What the fleet's side uses of core. ``hold`` puts a configuration into force, on the event loop's thread."""
+
+    operations: Operations
+    installer: Installer
+    maintenance: Maintenance
+    file_config: Callable[[], Config]
+    hold: Callable[[Config], None]
+    status: Callable[[], dict[str, Any]]
+    findings: Callable[[], list[health.Finding]]
+    diagnose: Callable[[], list[dict[str, Any]]]
+    facts: Callable[[], dict[str, Any]]
+    profile: Callable[[], str]
+    inventory: Callable[[], dict[str, Any]]
+    models: Callable[[], list[dict[str, Any]]]
+    streams: Mapping[str, Callable[[], Mapping[str, Any] | None]]
+    ask: Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]]
+    unload_all: Callable[[], int]
+    restart: Callable[[], None]
+    reboot: Callable[[], None]
+
+
+class Fleet:
+    """See the module. ``start`` and ``stop`` belong to the event loop's thread."""
+
+    def __init__(self, paths: Paths, store: Store, within: Within) -> None:
+        self._store = store
+        self._within = within
+        self._operations = within.operations
+        self.boot_nonce = secrets.token_hex(16)
+        self.enroller = Enroller(paths.trust_file, store)
+        self.link = LinkState()
+        self.clock = TrustedClock(SystemClock(), within.file_config().clock.trust, _BUILT)
+        self.journal = Journal(paths.journal, SystemClock(), clock_trusted=self.clock.trusted)
+        self.remote = RemoteConfig(store, within.file_config, self._hold, self._link_is_back)
+        self.problem = ""
+        self._outgoing = Outgoing(self.boot_nonce, self._was_confirmed)
+        self._rescue = ThreadPoolExecutor(1, thread_name_prefix="rescue")
+        self._csr = ""
+        self._certificate_ends: str | None = None
+        self._said: dict[str, tuple[str, int]] = {}
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._news = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._report_due = False
+        self._reported_version = 0
+        self._desired_under_way = False
+        self._inventory: dict[str, Any] = {}
+        self._open = False
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Open the journal, resume what was under way, begin to say how the device is."""
+        self._loop = asyncio.get_running_loop()
+        self.enroller.read()
+        self._build()
+        try:
+            self.journal.open()
+            self._open = True
+            self._floor()
+            self._begin_epoch()
+        except AgentError as error:
+            self._open = False
+            self.problem = str(error)
+            _LOG.error("no jobs: %s%s", error, f" ({error.hint})" if error.hint else "")
+        if self._open:
+            self._tasks += [asyncio.ensure_future(self._run_jobs()), asyncio.ensure_future(self._run_plan())]
+        if self.enroller.allegiance is not None:
+            self._tasks.append(asyncio.ensure_future(self._take_inventory()))
+        self._telemetry.start()
+        self._changed()
+        if self._open and self.remote.entry.state == "confirming":
+            self._reconcile()
+
+    def _build(self) -> None:
+        within, store = self._within, self._store
+        means = Means(
+            store, within.installer, within.maintenance, self.clock, within.ask, lambda: self._certificate_ends
+        )
+        self.plan = Plan(tasks(means), self.journal.maintenance, lambda: self.config.maintenance, self.clock)
+        around = Around(
+            store=store,
+            installer=within.installer,
+            maintenance=within.maintenance,
+            configuring=self.remote,
+            unload_all=lambda: self._operations.on_loop(within.unload_all),
+            tail=RECENT.tail,
+            collect=self._collect,
+            run_tasks=self.plan.run,
+            task_names=self.plan.names,
+            restart=lambda: self._on_loop(within.restart),
+            reboot=within.reboot,
+        )
+        handlers = Jobs(around).handlers()
+        self.runner = Runner(
+            self.journal,
+            handlers,
+            self._execute,
+            clock=self.clock.clock,
+            clock_trusted=self.clock.trusted,
+            boot_nonce=self.boot_nonce,
+            verify=self._verify,
+            changed=self._wake,
+        )
+
+        def check_args(op: str, args: Mapping[str, Any]) -> None:
+            handlers[op](args)
+
+        questions = Questions(
+            self._outgoing,
+            quick={
+                "ping": without_args(lambda: {"pong": True}),
+                "status": without_args(within.status),
+                "jobs.list": without_args(lambda: {"jobs": self.jobs(20)}),
+                "logs.tail": lambda args: {"lines": RECENT.tail(lines_of(args, 500))},
+            },
+            slow={"diagnostics.collect": without_args(self._collect)},
+            seal=self._seal,
+            boot_nonce=self.boot_nonce,
+        )
+        called = Called(
+            jobs_changed=self._changed,
+            desired_changed=self._reconcile,
+            asked=questions.asked,
+            check_args=check_args,
+        )
+        self._inbox = Inbox(lambda: self.enroller.allegiance, self.journal, self.clock, self.boot_nonce, called)
+        self._telemetry = Telemetry(
+            self._outgoing,
+            lambda: self.config.telemetry,
+            within.streams,
+            self.all_findings,
+            self.clock,
+            self.boot_nonce,
+        )
+
+    def stop(self) -> None:
+        """What runs leaves at its next safe point."""
+        if not hasattr(self, "runner"):
+            return
+        self.runner.stop()
+        self._telemetry.stop()
+        for task in self._tasks:
+            task.cancel()
+
+    def close(self) -> None:
+        """After the operations have ended."""
+        self._rescue.shutdown()
+        if self._open:
+            self._floor()
+            self.journal.close()
+            self._open = False
+
+    @property
+    def config(self) -> Config:
+        """What holds: the file, and what the fleet has set over it."""
+        return self.remote.current()
+
+    def reload(self) -> None:
+        """The configuration file or ``trust.toml`` may have changed."""
+        before = self.enroller.allegiance
+        self.enroller.read()
+        self.clock.trust = self.config.clock.trust
+        if self.enroller.allegiance != before:
+            self._begin_epoch()
+        self._changed()
+
+    def _hold(self, config: Config) -> None:
+        def do() -> None:
+            self.clock.trust = config.clock.trust
+            self._within.hold(config)
+            self._changed()
+
+        self._on_loop(do)
+
+    def _on_loop(self, work: Callable[[], None]) -> None:
+        if self._loop is None:
+            raise TryLaterError("cannot do that yet: the agent is starting")
+        self._loop.call_soon_threadsafe(work)
+
+    def _floor(self) -> None:
+        """The latest moment that is known to be past, kept over starts: a clock below it is wrong."""
+        kept = self.journal.facts.get(_FLOOR)
+        if kept is not None:
+            self.clock.floor = max(self.clock.floor, datetime.fromisoformat(kept))
+        now = self.clock.clock.now()
+        if self.clock.trusted() and (kept is None or now > self.clock.floor):
+            self.journal.facts.put(_FLOOR, now.isoformat())
+
+    def _begin_epoch(self) -> None:
+        allegiance = self.enroller.allegiance
+        if self._open and allegiance is not None and allegiance.device is not None:
+            self.journal.begin_epoch(allegiance.epoch)
+
+    # -- jobs ---------------------------------------------------------------------------------------------------------
+
+    def _execute(self, lane: Lane, name: str, work: Callable[[], None]) -> None:
+        if lane == "normal":
+            self._operations.submit(name, work)
+            return
+        try:
+            self._rescue.submit(work)
+        except RuntimeError as error:  # shut down
+            raise TryLaterError(f"cannot start {name}: the agent is stopping") from error
+
+    def _verify(self, order: Order) -> None:
+        """Before a job runs: the journal may have been written to by whoever had the disk."""
+        allegiance = self.enroller.allegiance
+        if allegiance is None or allegiance.device is None:
+            raise EnvelopeError("not_enrolled", "this device has no fleet")
+        opened = open_envelope(order.envelope, wire.JobDocument.KIND, allegiance.public_keys)
+        document = decode(opened.payload, wire.JobDocument)
+        require_address(document.tenant, document.device, document.epoch, allegiance)
+        job = document.job
+        if job is None or (job.job_id, job.seq, job.op, job.args) != (order.job_id, order.seq, order.op, order.args):
+            raise EnvelopeError("bad_signature", "the stored job is not the one that was signed")
+
+    async def _run_jobs(self) -> None:
+        """Wake the runner when something changed or the time it named is up, and publish."""
+        while True:
+            self._news.clear()
+            wait = await asyncio.get_running_loop().run_in_executor(None, self.runner.wake)
+            self._publish()
+            try:
+                await asyncio.wait_for(self._news.wait(), wait)
+            except asyncio.TimeoutError:  # on Python 3.10 a class of its own
+                continue
+
+    def _wake(self) -> None:
+        """From any thread: something about the jobs changed."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._changed)
+
+    def _changed(self) -> None:
+        self._news.set()
+        if not self._report_due and self._loop is not None:
+            self._report_due = True
+            self._loop.call_later(_REPORT_S, self._report)
+
+    def _publish(self) -> None:
+        """Hand every state that the fleet has not confirmed to link, the oldest jobs first."""
+        if self.enroller.allegiance is None or self.enroller.allegiance.device is None or not self._open:
+            return
+        for status in self.journal.unpublished()[:_MOST_SAID]:
+            topic = f"up/job/{status.job_id}"
+            if self._said.get(topic, ("", 0))[1] < status.rev:
+                self._said[topic] = (status.job_id, status.rev)
+                self._outgoing.say(topic, self._seal(_job_state(status, self._address())), confirm=True)
+
+    def _was_confirmed(self, message: Message) -> None:
+        job_id, rev = self._said.pop(message.topic, ("", 0))
+        if job_id and self._open:
+            self.journal.published(job_id, rev)
+            self._news.set()
+
+    def jobs(self, limit: int = 100) -> list[dict[str, Any]]:
+        """For ``jobs list`` and the rpc of that name."""
+        return [_job_row(status) for status in self.journal.jobs(limit=limit)] if self._open else []
+
+    async def _take_inventory(self) -> None:
+        """Probing a runtime starts a child that imports it: a second on a small board, and never on the loop."""
+        self._inventory = await asyncio.get_running_loop().run_in_executor(None, self._within.inventory)
+        self._changed()
+
+    # -- twin ---------------------------------------------------------------------------------------------------------
+
+    def _reconcile(self) -> None:
+        """Bring what is desired into force, on the operations' thread."""
+        if not self._desired_under_way:
+            self._desired_under_way = True
+            try:
+                self._operations.submit("apply what is desired", self._apply_desired)
+            except AgentError as error:
+                self._desired_under_way = False
+                _LOG.warning("what is desired was not applied: %s", error)
+
+    def _apply_desired(self) -> None:
+        try:
+            version, envelope = self.journal.desired()
+            if not version:
+                return
+            mark = DESIRED_MARK.format(self.journal.last()[0], version)
+            document = decode(self._opened(envelope, wire.Desired.KIND), wire.Desired)
+            if self.remote.entry.mark != mark:
+                self.remote.apply(document.config, mark)
+            if self.remote.entry.state == "confirming":
+                self.remote.confirm(mark, self._operations.go_on)
+        except PeerError as error:
+            self.remote.refuse(mark)
+            _LOG.error("what is desired cannot be: %s", error)
+        except AgentError as error:
+            _LOG.warning("what is desired is not in force: %s", error)
+        finally:
+            self._desired_under_way = False
+            self._wake()
+
+    def _opened(self, envelope: bytes, kind: str) -> bytes:
+        allegiance = self.enroller.allegiance
+        if allegiance is None:
+            raise EnvelopeError("not_enrolled", "this device has no fleet")
+        return open_envelope(envelope, kind, allegiance.public_keys).payload
+
+    def _link_is_back(self) -> bool:
+        return self.link.connected(self.link_settings()["version"])
+
+    def _report(self) -> None:
+        self._report_due = False
+        allegiance = self.enroller.allegiance
+        if allegiance is None or allegiance.device is None or self.enroller.signer is None:
+            return
+        self._outgoing.say("up/info", self._seal(self._info()), retain=True)
+        self._outgoing.say("up/reported", self._seal(self._reported()), retain=True)
+
+    def _info(self) -> wire.Info:
+        _, generation, seq = self.journal.last() if self._open else (0, 0, 0)
+        assert self.enroller.signer is not None
+        return wire.Info(
+            **self._address(),
+            boot_nonce=self.boot_nonce,
+            at=iso(self.clock.clock.now()),
+            agent_version=__version__,
+            identity=identity_text(self.enroller.signer),
+            ops=sorted(OPS) if self._open else [name for name, row in sorted(OPS.items()) if row.rpc],
+            last_seq=seq,
+            last_generation=generation,
+            desired_version=self.journal.desired()[0] if self._open else 0,
+            facts=self._within.facts(),
+            profile=self._within.profile(),
+            inventory=self._inventory,
+        )
+
+    def _reported(self) -> wire.Reported:
+        self._reported_version += 1
+        models = self._within.models()
+        config, entry = self.config, self.remote.entry
+        return wire.Reported(
+            **self._address(),
+            version=self._reported_version,
+            at=iso(self.clock.clock.now()),
+            desired_version=self.journal.desired()[0] if self._open else 0,
+            config_state=entry.state,
+            config=entry.config,
+            drift=self.drift(config),
+            health=health.verdict(self.all_findings()),
+            models=models[:_MOST_MODELS],
+            models_left_out=max(0, len(models) - _MOST_MODELS),
+            jobs={"under_way": _lanes(self.runner), "problem": self.runner.problem or self.problem or None},
+            maintenance=[_short_task(row) for row in self.plan.table()] if self._open else [],
+            refused=self.journal.refusals() if self._open else {},
+        )
+
+    def drift(self, config: Config | None = None) -> list[dict[str, Any]]:
+        """Where what holds is not what is desired."""
+        if not self._open:
+            return []
+        version, envelope = self.journal.desired()
+        if not version:
+            return []
+        try:
+            wanted = decode(self._opened(envelope, wire.Desired.KIND), wire.Desired)
+        except AgentError:
+            return []
+        return drift(wanted.config, config or self.config)
+
+    def _address(self) -> dict[str, Any]:
+        allegiance = self.enroller.allegiance
+        assert allegiance is not None
+        return {"tenant": allegiance.tenant, "device": allegiance.device, "epoch": allegiance.epoch}
+
+    def _seal(self, message: wire.JobState | wire.RpcAnswer | wire.Info | wire.Reported | wire.Announcement) -> bytes:
+        assert self.enroller.signer is not None
+        return seal(message.KIND, message.encode(), [self.enroller.signer])
+
+    # -- link ---------------------------------------------------------------------------------------------------------
+
+    def link_settings(self) -> dict[str, Any]:
+        """See ``link_api``."""
+        config, allegiance = self.config.link, self.enroller.allegiance
+        settings: dict[str, Any] = {
+            "state": settings_state(allegiance, config.host),
+            "tenant": allegiance.tenant if allegiance else "",
+            "device": (allegiance.device or "") if allegiance else "",
+            "epoch": allegiance.epoch if allegiance else 0,
+            "keyid": self.enroller.signer.keyid if self.enroller.signer else "",
+            "broker": config.model_dump(
+                mode="json",
+                include={
+                    "host", "port", "tls", "ca_file", "cert_file", "key_file", "username", "password_file",
+                    "keepalive_s",
+                },
+            ),
+            "outbox_mb": config.outbox_mb,
+            "splay_s": config.splay_s,
+        }  # fmt: skip
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return settings | {"boot_nonce": self.boot_nonce, "version": int(digest[:12], 16)}
+
+    def received(self, topic: str, data: bytes) -> dict[str, str]:
+        """See ``link_api``."""
+        if not self._open:
+            raise DamagedError(f"cannot take what the fleet says: {self.problem}")
+        return self._inbox.receive(topic, data).document()
+
+    async def outgoing(self, cursor: str, wait_s: float) -> tuple[str, list[Message]]:
+        """See ``link_api``."""
+        return await self._outgoing.after(cursor, wait_s)
+
+    def confirmed(self, ids: set[str]) -> None:
+        """See ``link_api``."""
+        self._outgoing.confirm(ids)
+
+    def link_said(self, document: dict[str, Any]) -> None:
+        """See ``link_api``."""
+        self.link.heard, self.link.document = time.monotonic(), document
+        ends = document.get("certificate_ends")
+        self._certificate_ends = ends if isinstance(ends, str) else None
+
+    def certificate_requested(self, csr: str) -> None:
+        """See ``link_api``: announce the device to those who may enrol it."""
+        allegiance, signer = self.enroller.allegiance, self.enroller.signer
+        if allegiance is None or signer is None or allegiance.device is not None:
+            return
+        self._csr = csr
+        facts = self._within.facts()
+        message = wire.Announcement(
+            tenant=allegiance.tenant,
+            identity=identity_text(signer),
+            boot_nonce=self.boot_nonce,
+            at=iso(self.clock.clock.now()),
+            csr=csr,
+            agent_version=__version__,
+            board=facts.get("board"),
+            facts=facts,
+        )
+        self._outgoing.say("up/announce", self._seal(message), retain=True, confirm=True)
+
+    def enrolled(self, data: bytes) -> dict[str, str]:
+        """See ``link_api``."""
+        try:
+            document = self.enroller.accept(data)
+        except EnvelopeError as error:
+            _LOG.warning("not enrolled: %s (%s)", error, error.code)
+            return {"verdict": "refused", "reason": error.code, "certificate": ""}
+        except PeerError as error:
+            _LOG.warning("not enrolled: %s", error)
+            return {"verdict": "refused", "reason": "bad_message", "certificate": ""}
+        self._outgoing.drop("up/announce")
+        self._begin_epoch()
+        _LOG.info("enrolled as %s of %s, enrolment %d", document.device, document.tenant, document.epoch)
+        self._outgoing.wake()
+        self._changed()
+        return {"verdict": "accepted", "reason": "", "certificate": document.certificate}
+
+    # -- maintenance and telling --------------------------------------------------------------------------------------
+
+    async def _run_plan(self) -> None:
+        while True:
+            await asyncio.sleep(_PLAN_S)
+            if self._operations.under_way is None and (name := self.plan.due()) is not None:
+                try:
+                    await self._operations.run(f"maintenance {name}", partial(self._run_task, name), lambda event: None)
+                except AgentError as error:
+                    _LOG.warning("maintenance %s: %s", name, error)
+                self._floor()
+                self._changed()
+
+    def _run_task(self, name: str, tell: Callable[[Mapping[str, Any]], None]) -> list[dict[str, Any]]:
+        return self.plan.run([name], lambda: tell({"stage": name}))
+
+    def run_tasks(self, names: list[str], tell: Callable[[Mapping[str, Any]], None]) -> list[dict[str, Any]]:
+        """Run maintenance now, for the admin API. DamagedError without a journal."""
+        self._require_open()
+        return self.plan.run(names or list(self.plan.names), lambda: tell({"stage": "maintenance"}))
+
+    def maintenance(self) -> list[dict[str, Any]]:
+        """The plan with its last outcomes."""
+        return self.plan.table() if self._open else []
+
+    def job(self, job_id: str) -> dict[str, Any] | None:
+        """One job, with what was asked for."""
+        self._require_open()
+        record = self.journal.job(job_id)
+        if record is None:
+            return None
+        order = record.order
+        asked = {"lane": order.lane, "priority": order.priority, "args": dict(order.args), "not_after": order.not_after}
+        return _job_row(record.status) | asked | {"accepted_at": record.accepted_at}
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise DamagedError(f"cannot use the job journal: {self.problem}", hint="see edge-agent doctor")
+
+    def _collect(self) -> dict[str, Any]:
+        within = self._within
+        parts = {
+            "status": within.status(),
+            "doctor": within.diagnose(),
+            "facts": within.facts(),
+            "config": self.config.model_dump(mode="json"),
+            "jobs": self.jobs(50),
+            "maintenance": self.maintenance(),
+            "models": within.models(),
+        }
+        return diagnostics.archive(parts, RECENT.tail(400))
+
+    def all_findings(self) -> list[health.Finding]:
+        """What is wrong with the device, the store and the fleet's side, as far as it is quick to tell."""
+        return [*self._within.findings(), *self.findings()]
+
+    def findings(self) -> list[health.Finding]:
+        """What is wrong with the fleet's side."""
+        found: list[health.Finding] = []
+        if self.enroller.problem:
+            found.append(health.Finding("trust", "error", self.enroller.problem, "correct trust.toml, then reload"))
+        if self.problem:
+            found.append(health.Finding("journal", "error", self.problem, "edge-agent jobs reset moves it aside"))
+        elif self.runner.problem:
+            found.append(health.Finding("jobs", "warning", self.runner.problem))
+        state = settings_state(self.enroller.allegiance, self.config.link.host)
+        if state != "off" and not self.link.document.get("connected"):
+            shown = self.link.shown()
+            found.append(health.Finding("link", "note", f"not connected: {shown.get('reason') or 'no reason given'}"))
+        return found
+
+    def status(self) -> dict[str, Any]:
+        """For ``status``."""
+        return {
+            "fleet": describe(self.enroller.allegiance),
+            "boot_nonce": self.boot_nonce,
+            "clock_trusted": self.clock.trusted(),
+            "link": self.link.shown() if self.link_settings()["state"] != "off" else None,
+            "config_state": self.remote.entry.state,
+            "drift": self.drift(),
+            "jobs": _lanes(self.runner),
+            "alerts": self._telemetry.alerts,
+            "maintenance": [_short_task(row) for row in self.maintenance()],
+            "refused": self.journal.refusals() if self._open else {},
+        }
+
+
+def _job_state(status: JobStatus, address: Mapping[str, Any]) -> wire.JobState:
+    error = status.error
+    return wire.JobState(
+        tenant=address["tenant"],
+        device=address["device"],
+        epoch=status.epoch,
+        job_id=status.job_id,
+        seq=status.seq,
+        op=status.op,
+        rev=status.rev,
+        state=status.state,
+        phase=status.phase,
+        step=status.step,
+        attempt=status.attempt,
+        at=status.at,
+        clock_trusted=status.clock_trusted,
+        result=None if status.result is None else dict(status.result),
+        error=None if error is None else wire.Failure(code=error.code, text=error.text, hint=error.hint),
+    )
+
+
+def _job_row(status: JobStatus) -> dict[str, Any]:
+    error = status.error
+    return {
+        "job_id": status.job_id,
+        "op": status.op,
+        "state": status.state,
+        "phase": status.phase,
+        "step": status.step,
+        "rev": status.rev,
+        "attempt": status.attempt,
+        "at": status.at,
+        "result": None if status.result is None else dict(status.result),
+        "error": None if error is None else {"code": error.code, "text": error.text, "hint": error.hint},
+    }
+
+
+def _lanes(runner: Runner) -> dict[str, Any]:
+    return {str(lane): shown for lane, shown in runner.under_way().items()}
+
+
+def _short_task(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("task", "ended_at", "ok", "text")}

@@ -1,0 +1,140 @@
+"""What link may do on the administration socket: docs/spec/link.md 6. One row each, all with the right ``carry``.
+
+Link hands in bytes and takes bytes; it is told a verdict and never a reason to act on. What it reports of its own
+connection is believed for what it is worth: it decides nothing but whether a configuration may stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from agent.base.errors import PeerError
+from agent.core.outgoing import Message
+from agent.serve.access import CARRY
+from agent.serve.exchange import Request, Response, json_response
+from agent.serve.routes import Route
+from agent.trust.envelope import MAX_ENVELOPE_BYTES
+
+_MOST_WAIT_S = 60.0
+_MOST_IDS = 4096
+_MOST_CSR = 4096
+
+
+@dataclass(slots=True)
+class LinkState:
+    """What link last said of itself. ``heard`` is monotonic, 0 when it never spoke."""
+
+    heard: float = 0.0
+    document: dict[str, Any] = field(default_factory=dict)
+
+    def connected(self, settings_version: int) -> bool:
+        """Whether it is connected with these settings."""
+        return self.document.get("connected") is True and self.document.get("settings_version") == settings_version
+
+    def shown(self) -> dict[str, Any]:
+        """For ``status``."""
+        if not self.heard:
+            return {"connected": False, "reason": "the link has not been heard of"}
+        return {**self.document, "heard_s": round(time.monotonic() - self.heard, 1)}
+
+
+class Fleet(Protocol):
+    """What stands behind the rows."""
+
+    def link_settings(self) -> dict[str, Any]: ...
+    def received(self, topic: str, data: bytes) -> dict[str, str]: ...
+    async def outgoing(self, cursor: str, wait_s: float) -> tuple[str, list[Message]]: ...
+    def confirmed(self, ids: set[str]) -> None: ...
+    def link_said(self, document: dict[str, Any]) -> None: ...
+    def certificate_requested(self, csr: str) -> None: ...
+    def enrolled(self, data: bytes) -> dict[str, str]: ...
+
+
+class LinkApi:
+    """Handlers of the rows."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._asking: asyncio.Task[Any] | None = None
+
+    def routes(self) -> list[Route]:
+        """The table."""
+
+        def row(method: str, path: str, handler: Callable[[Request], Any], deadline_s: float = 30.0) -> Route:
+            return Route(
+                method, f"/v1/link/{path}", CARRY, handler, body_bytes=MAX_ENVELOPE_BYTES, deadline_s=deadline_s
+            )
+
+        return [
+            row("GET", "settings", lambda request: json_response(self._fleet.link_settings())),
+            row("POST", "received", self._received),
+            row("GET", "outgoing", self._outgoing, _MOST_WAIT_S + 15),
+            row("POST", "confirmed", self._confirmed),
+            row("POST", "state", self._state),
+            row("POST", "csr", self._csr),
+            row("POST", "enrolment", lambda request: json_response(self._fleet.enrolled(bytes(request.body)))),
+        ]
+
+    def _received(self, request: Request) -> Response:
+        topic = request.options().get("topic", "")
+        return json_response(self._fleet.received(topic, bytes(request.body)))
+
+    async def _outgoing(self, request: Request) -> Response:
+        options = request.options()
+        cursor, messages = await self._fleet.outgoing(options.get("after", ""), _wait(options))
+        return json_response(
+            {
+                "cursor": cursor,
+                "settings_version": self._fleet.link_settings()["version"],
+                "messages": [message.document() for message in messages],
+            }
+        )
+
+    def _confirmed(self, request: Request) -> Response:
+        ids = request.json().get("ids")
+        if not isinstance(ids, list) or len(ids) > _MOST_IDS or not all(isinstance(one, str) for one in ids):
+            raise PeerError("cannot read request: 'ids' must be a list of texts")
+        self._fleet.confirmed(set(ids))
+        return json_response({})
+
+    def _state(self, request: Request) -> Response:
+        document = request.json()
+        if not isinstance(document.get("connected"), bool):
+            raise PeerError("cannot read request: 'connected' must be true or false")
+        self._fleet.link_said(_bounded(document))
+        return json_response({})
+
+    def _csr(self, request: Request) -> Response:
+        csr = request.json().get("csr")
+        if not isinstance(csr, str) or len(csr) > _MOST_CSR:
+            raise PeerError(f"cannot read request: 'csr' must be a text of at most {_MOST_CSR} characters")
+        self._fleet.certificate_requested(csr)
+        return json_response({})
+
+
+def _wait(options: Mapping[str, str]) -> float:
+    text = options.get("wait_s", "0")
+    if not text.replace(".", "", 1).isdecimal() or len(text) > 8:
+        raise PeerError("cannot read request: 'wait_s' must be a number of seconds")
+    return min(float(text), _MOST_WAIT_S)
+
+
+def _bounded(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What link says of itself is shown in ``status``: plain values, one level of them below a name, all short."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, str):
+            return value[:200]
+        return value if value is None or isinstance(value, (bool, int, float)) else None
+
+    found: dict[str, Any] = {}
+    for key, value in list(document.items())[:32]:
+        if isinstance(value, dict):
+            found[key[:32]] = {str(name)[:32]: plain(item) for name, item in list(value.items())[:16]}
+        else:
+            found[key[:32]] = plain(value)
+    return found

@@ -1,0 +1,345 @@
+"""What each kind of job does: its arguments checked, its steps, what undoes them and what tells that they hold.
+
+One row an operation in ``Jobs.handlers``. Whether an effect holds is asked of the world (catalog, key, start), not of
+what was noted: the note may have been lost, the effect not. Everything here blocks and runs on the thread of its
+lane; the serving side is reached through what ``Jobs`` was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from agent.base.errors import ConflictError, DamagedError, NotFoundError, PeerError
+from agent.base.files import read_bounded
+from agent.operations.install import Installer
+from agent.operations.maintain import Maintenance
+from agent.store.document import CatalogDocument, ModelEntry
+from agent.store.store import Store
+from agent.work.steps import Handler, RestartPending, Step, Turn
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MOST_LINES = 500
+
+
+class Configuring(Protocol):
+    """The half of the configuration that the fleet may set."""
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """PeerError for what cannot be set from afar, or not to that."""
+        ...
+
+    def apply(self, config: Mapping[str, Any], mark: str) -> None:
+        """Let it hold, until ``confirmed`` or ``revert``; ``mark`` who asked. The same mark again is nothing."""
+        ...
+
+    def holds(self, mark: str) -> bool:
+        """Whether what is in force is what ``mark`` asked for."""
+        ...
+
+    def confirm(self, mark: str, go_on: Callable[[], None]) -> None:
+        """Wait until the link has come back with it. DeadlineError when it has not: then it is taken back."""
+        ...
+
+    def revert(self, mark: str) -> None:
+        """Back to what held before ``mark``, if that is in force."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What the handlers use of the rest of the agent."""
+
+    store: Store
+    installer: Installer
+    maintenance: Maintenance
+    configuring: Configuring
+    unload_all: Callable[[], int]
+    tail: Callable[[int], list[str]]
+    collect: Callable[[], dict[str, Any]]
+    run_tasks: Callable[[Sequence[str], Callable[[], None]], list[dict[str, Any]]]
+    task_names: Sequence[str]
+    restart: Callable[[], None]
+    reboot: Callable[[], None]
+
+
+class _Args(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _None(_Args):
+    """No arguments."""
+
+
+class _Model(_Args):
+    model: str
+
+
+class _Version(_Args):
+    model: str
+    version: str
+
+
+class _Remove(_Args):
+    model: str
+    version: str | None = None
+
+
+class _Pin(_Args):
+    model: str
+    pinned: bool = True
+
+
+class _Config(_Args):
+    config: dict[str, JsonValue]
+
+
+class _Lines(_Args):
+    lines: int = Field(default=100, ge=1, le=_MOST_LINES)
+
+
+class _Tasks(_Args):
+    run: list[str] = Field(min_length=1, max_length=32)
+
+
+def _checked(kind: type[_Args], args: Mapping[str, Any]) -> Any:
+    try:
+        return kind.model_validate(dict(args))
+    except ValidationError as error:
+        told = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'args'}: {problem['msg']}"
+            for problem in error.errors(include_url=False, include_input=False)[:3]
+        )
+        raise PeerError(f"cannot take arguments: {told}") from error
+
+
+class Jobs:
+    """The table of handlers."""
+
+    def __init__(self, around: Around) -> None:
+        self._around = around
+
+    def handlers(self) -> dict[str, Handler]:
+        """By operation."""
+        rows: dict[str, tuple[type[_Args], Callable[[Any], Sequence[Step]]]] = {
+            "ping": (_None, lambda args: [Step("ping", "accepted", lambda turn: {"pong": True})]),
+            "logs.tail": (_Lines, self._tail),
+            "diagnostics.collect": (_None, self._collect),
+            "model.install": (_Version, self._install),
+            "model.activate": (_Version, self._activate),
+            "model.rollback": (_Model, self._rollback),
+            "model.pin": (_Pin, self._pin),
+            "model.remove": (_Remove, self._remove),
+            "config.apply": (_Config, self._configure),
+            "store.scrub": (_None, self._scrub),
+            "store.gc": (_None, self._gc),
+            "store.rotate-key": (_None, self._rotate),
+            "cache.flush": (_None, self._flush),
+            "bench.run": (_Model, self._bench),
+            "maintenance.plan": (_Tasks, self._plan),
+            "agent.restart": (_None, self._restart),
+            "device.reboot": (_None, self._reboot),
+        }
+        return {op: partial(_handle, kind, steps) for op, (kind, steps) in rows.items()}
+
+    # -- models ---------------------------------------------------------------------------------------------------
+
+    def _install(self, args: _Version) -> list[Step]:
+        """A version that is on the device already: verify it, try it where that is needed, let it answer."""
+
+        def verify(turn: Turn) -> None:
+            _version(self._around.store.document, args.model, args.version)
+            found = self._around.maintenance.verify(turn.tell, model=args.model)
+            bad = [blob for blob in found["damaged"] if blob["version"] == args.version]
+            if bad:
+                raise DamagedError(f"cannot install '{args.model}' {args.version}: {bad[0]['part']} is damaged")
+
+        return [
+            Step("verify", "verifying", verify),
+            Step("try", "trying", lambda turn: self._try(args, turn)),
+            *self._activate(args),
+        ]
+
+    def _try(self, args: _Version, turn: Turn) -> None:
+        self._around.installer.retry(args.model, args.version, turn.tell)
+
+    def _activate(self, args: _Version) -> list[Step]:
+        def do(turn: Turn) -> Mapping[str, Any]:
+            model = _model(self._around.store.document, args.model)
+            _version(self._around.store.document, args.model, args.version)
+            _require_unpinned(args.model, model, args.version)
+            turn.notes.setdefault("before", model.active)
+            turn.save()
+            return _short(self._around.installer.activate(args.model, args.version, turn.tell))
+
+        return [Step("activate", "activating", do, self._is_active(args), self._activate_before(args.model))]
+
+    def _is_active(self, args: _Version) -> Callable[[Turn], bool]:
+        def holds(turn: Turn) -> bool:
+            model = self._around.store.document.models.get(args.model)
+            return model is not None and model.active == args.version
+
+        return holds
+
+    def _activate_before(self, name: str) -> Callable[[Turn], None]:
+        def undo(turn: Turn) -> None:
+            before = turn.notes.get("before")
+            model = self._around.store.document.models.get(name)
+            if model is not None and isinstance(before, str) and before in model.versions and model.active != before:
+                self._around.installer.activate(name, before)
+
+        return undo
+
+    def _rollback(self, args: _Model) -> list[Step]:
+        def do(turn: Turn) -> Mapping[str, Any]:
+            model = _model(self._around.store.document, args.model)
+            if "target" not in turn.notes:
+                if model.previous is None:
+                    raise ConflictError(f"cannot roll back '{args.model}': there is no previous version")
+                turn.notes.update(target=model.previous, before=model.active)
+                turn.save()
+            return _short(self._around.installer.activate(args.model, turn.notes["target"], turn.tell))
+
+        def holds(turn: Turn) -> bool:
+            model = self._around.store.document.models.get(args.model)
+            return model is not None and "target" in turn.notes and model.active == turn.notes["target"]
+
+        return [Step("activate", "activating", do, holds, self._activate_before(args.model))]
+
+    def _pin(self, args: _Pin) -> list[Step]:
+        def do(turn: Turn) -> Mapping[str, Any]:
+            turn.notes.setdefault("before", _model(self._around.store.document, args.model).pinned)
+            turn.save()
+            self._around.installer.pin(args.model, pinned=args.pinned)
+            return {"model": args.model, "pinned": args.pinned}
+
+        def undo(turn: Turn) -> None:
+            if "before" in turn.notes and args.model in self._around.store.document.models:
+                self._around.installer.pin(args.model, pinned=bool(turn.notes["before"]))
+
+        return [Step("pin", "installing", do, None, undo)]
+
+    def _remove(self, args: _Remove) -> list[Step]:
+        def do(turn: Turn) -> Mapping[str, Any]:
+            return self._around.installer.remove(args.model, args.version)
+
+        def holds(turn: Turn) -> bool:
+            model = self._around.store.document.models.get(args.model)
+            return model is None or (args.version is not None and args.version not in model.versions)
+
+        return [Step("remove", "installing", do, holds)]
+
+    def _bench(self, args: _Model) -> list[Step]:
+        def do(turn: Turn) -> Mapping[str, Any]:
+            _model(self._around.store.document, args.model)
+            return _short(self._around.installer.choose_again(args.model, turn.tell, {}))
+
+        return [Step("try", "trying", do)]
+
+    # -- store ----------------------------------------------------------------------------------------------------
+
+    def _scrub(self, args: _None) -> list[Step]:
+        return [Step("verify", "verifying", lambda turn: self._around.maintenance.verify(turn.tell))]
+
+    def _gc(self, args: _None) -> list[Step]:
+        return [Step("collect", "installing", lambda turn: self._around.maintenance.gc())]
+
+    def _rotate(self, args: _None) -> list[Step]:
+        """Interrupted half way, a rotation is finished by beginning it again; done twice it would be another one."""
+
+        def do(turn: Turn) -> Mapping[str, Any]:
+            turn.notes.setdefault("key", self._around.store.secret.key_id)
+            turn.save()
+            return self._around.maintenance.rotate_key(turn.tell)
+
+        def holds(turn: Turn) -> bool:
+            key = turn.notes.get("key")
+            return (
+                key is not None and self._around.store.secret.key_id != key and not self._around.store.rotation_pending
+            )
+
+        return [Step("rotate", "installing", do, holds)]
+
+    # -- the agent and the device ---------------------------------------------------------------------------------
+
+    def _configure(self, args: _Config) -> list[Step]:
+        configuring = self._around.configuring
+        configuring.check(args.config)
+        return [
+            Step(
+                "apply",
+                "installing",
+                lambda turn: configuring.apply(args.config, turn.job.job_id),
+                lambda turn: configuring.holds(turn.job.job_id),
+                lambda turn: configuring.revert(turn.job.job_id),
+            ),
+            Step("confirm", "probation", lambda turn: configuring.confirm(turn.job.job_id, turn.go_on)),
+        ]
+
+    def _flush(self, args: _None) -> list[Step]:
+        return [Step("flush", "installing", lambda turn: {"unloaded": self._around.unload_all()})]
+
+    def _tail(self, args: _Lines) -> list[Step]:
+        return [Step("tail", "accepted", lambda turn: {"lines": self._around.tail(args.lines)})]
+
+    def _collect(self, args: _None) -> list[Step]:
+        return [Step("collect", "accepted", lambda turn: self._around.collect())]
+
+    def _plan(self, args: _Tasks) -> list[Step]:
+        if unknown := sorted(set(args.run) - set(self._around.task_names)):
+            raise PeerError(
+                f"cannot run '{unknown[0]}': no such task", hint=f"there are {', '.join(self._around.task_names)}"
+            )
+        return [Step("run", "verifying", lambda turn: {"tasks": self._around.run_tasks(args.run, turn.go_on)})]
+
+    def _restart(self, args: _None) -> list[Step]:
+        def do(turn: Turn) -> None:
+            turn.notes["start"] = turn.boot_nonce
+            raise RestartPending(self._around.restart)
+
+        return [Step("restart", "rebooting", do, lambda turn: turn.notes.get("start") not in (None, turn.boot_nonce))]
+
+    def _reboot(self, args: _None) -> list[Step]:
+        def do(turn: Turn) -> None:
+            turn.notes["boot"] = boot_id()
+            raise RestartPending(self._around.reboot)
+
+        return [Step("reboot", "rebooting", do, lambda turn: turn.notes.get("boot") not in (None, boot_id()))]
+
+
+def _handle(kind: type[_Args], steps: Callable[[Any], Sequence[Step]], args: Mapping[str, Any]) -> Sequence[Step]:
+    return steps(_checked(kind, args))
+
+
+def boot_id() -> str:
+    """The kernel's name for this boot of the machine (random(4))."""
+    return read_bounded(_BOOT_ID, 64).decode("ascii", "replace").strip()
+
+
+def _model(document: CatalogDocument, name: str) -> ModelEntry:
+    model = document.models.get(name)
+    if model is None:
+        raise NotFoundError(f"model '{name}': no such model")
+    return model
+
+
+def _version(document: CatalogDocument, name: str, version: str) -> None:
+    if version not in _model(document, name).versions:
+        raise NotFoundError(f"model '{name}': no version '{version}'", hint="add it on the device first")
+
+
+def _require_unpinned(name: str, model: ModelEntry, version: str) -> None:
+    if model.pinned and model.active not in (None, version):
+        raise ConflictError(
+            f"cannot activate '{name}' {version}: the model is pinned to {model.active}", hint="unpin it: model.pin"
+        )
+
+
+def _short(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What fits into a state: the choice's whole story is asked for on the device."""
+    return {name: result[name] for name in ("model", "version", "chosen") if name in result}

@@ -1,0 +1,163 @@
+"""The maintenance plan: recurring tasks, when each is due, and what came of it the last time.
+
+A task is due when its interval has passed since it last ended, and begins in a window where one is set. Without a
+clock that can be trusted the interval counts from the start of the agent, and a window never opens: a device whose
+clock is years off must neither maintain itself all the time nor at noon. Results are kept in the journal.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+
+from agent.base.clock import TrustedClock, iso
+from agent.base.config import MaintenanceConfig
+from agent.base.errors import AgentError, NotFoundError
+from agent.work.jobs import WindowSpec
+from agent.work.tables import Task as Outcome
+from agent.work.windows import opening_at
+
+_LOG = logging.getLogger("edge_agent.maintenance")
+#: No task in the first minutes: a start has enough to do, and a restart loop must not become a maintenance loop.
+SETTLE_S = 900.0
+
+GoOn = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of a run: good or not, one line, figures."""
+
+    ok: bool
+    text: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One row of the plan. ``hours`` reads its interval out of the configuration."""
+
+    name: str
+    what: str
+    hours: Callable[[MaintenanceConfig], float]
+    run: Callable[[GoOn], Result]
+
+
+class Results(Protocol):
+    """Where outcomes are kept."""
+
+    def started(self, task: str, at: str) -> None:
+        """A run begins."""
+        ...
+
+    def ended(self, task: str, at: str, *, ok: bool, text: str = "", data: Mapping[str, Any] | None = None) -> None:
+        """It is over."""
+        ...
+
+    def tasks(self) -> dict[str, Outcome]:
+        """The last outcomes by task."""
+        ...
+
+
+class Plan:
+    """The table, and who is due. ``run`` blocks; the rest is quick."""
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        results: Results,
+        config: Callable[[], MaintenanceConfig],
+        clock: TrustedClock,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._tasks = {task.name: task for task in tasks}
+        self._results = results
+        self._config = config
+        self._clock = clock
+        self._monotonic = monotonic
+        self._started = monotonic()
+        self._ended: dict[str, float] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks, in the order of the table."""
+        return tuple(self._tasks)
+
+    def due(self) -> str | None:
+        """The task that should begin now, if any."""
+        if self._monotonic() - self._started < SETTLE_S or not self._open():
+            return None
+        last = self._results.tasks()
+        return next((name for name, task in self._tasks.items() if self._is_due(task, last.get(name))), None)
+
+    def _open(self) -> bool:
+        config = self._config()
+        if not config.window:
+            return True
+        if not self._clock.trusted():
+            return False
+        now = self._clock.clock.now()
+        return opening_at(WindowSpec(config.window, config.duration_s, config.tz), now).holds(now)
+
+    def _is_due(self, task: Task, last: Outcome | None) -> bool:
+        interval = task.hours(self._config()) * 3600
+        if interval <= 0:
+            return False
+        ended = _moment(last.ended_at) if last and last.ended_at else None
+        now = self._clock.clock.now()
+        if self._clock.trusted() and (ended is None or ended <= now):
+            return ended is None or now - ended >= timedelta(seconds=interval)
+        since = self._ended.get(task.name, self._started)
+        return self._monotonic() - since >= interval
+
+    def run(self, names: Sequence[str], go_on: GoOn) -> list[dict[str, Any]]:
+        """Run these now, whatever the window; their rows. NotFoundError for a task that there is not."""
+        for name in names:
+            if name not in self._tasks:
+                raise NotFoundError(f"cannot run '{name}': no such task", hint=f"there are {', '.join(self._tasks)}")
+        for name in names:
+            go_on()
+            self._run(self._tasks[name], go_on)
+        rows = {row["task"]: row for row in self.table()}
+        return [rows[name] for name in names]
+
+    def _run(self, task: Task, go_on: GoOn) -> None:
+        self._results.started(task.name, iso(self._clock.clock.now()))
+        try:
+            result = task.run(go_on)
+        except AgentError as error:
+            go_on()  # a stop, or a cancelled job, is no outcome
+            result = Result(ok=False, text=str(error))
+        if not result.ok:
+            _LOG.warning("maintenance %s: %s", task.name, result.text)
+        self._ended[task.name] = self._monotonic()
+        self._results.ended(task.name, iso(self._clock.clock.now()), ok=result.ok, text=result.text, data=result.data)
+
+    def table(self) -> list[dict[str, Any]]:
+        """Every task with its interval and its last outcome."""
+        last, config = self._results.tasks(), self._config()
+        return [_row(task, task.hours(config), last.get(name)) for name, task in self._tasks.items()]
+
+
+def _row(task: Task, hours: float, last: Outcome | None) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "what": task.what,
+        "every_h": hours,
+        "started_at": last.started_at if last else None,
+        "ended_at": last.ended_at if last else None,
+        "ok": last.ok if last else None,
+        "text": last.text if last else "",
+        "data": dict(last.data) if last else {},
+    }
+
+
+def _moment(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return None
