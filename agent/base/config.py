@@ -311,6 +311,12 @@ class Paths:
         return self.config.parent / "hw_profiles"
 
     @property
+    def link_dir(self) -> Path:
+        """Where link keeps its key, its certificate and its outbox. As a service it is a user of its own."""
+        beside = self.state_dir == DEFAULT_STATE_DIR
+        return self.state_dir.with_name(f"{self.state_dir.name}-link") if beside else self.state_dir / "link"
+
+    @property
     def trust_file(self) -> Path:
         """Whom this device obeys, beside the configuration file."""
         return self.config.parent / "trust.toml"

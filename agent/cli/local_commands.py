@@ -1,4 +1,4 @@
-"""Commands that need no running core: detect, core, run, config, models check."""
+"""Commands that need no running core: detect, core, link, run, config, models check."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
     detect = add_command(commands, common, "detect", "what this device is and can do")
     detect.add_argument("--root", type=Path, metavar="DIR", help="read the files of a recorded machine below DIR")
     detect.set_defaults(action=_detect)
-    for name, text in (
-        ("core", "run the daemon in the foreground (what the systemd unit starts)"),
-        ("run", "run everything in the foreground, without systemd"),
+    for name, text, action in (
+        ("core", "run the daemon in the foreground (what the systemd unit starts)", _core),
+        ("link", "run the connection to the fleet in the foreground (what its systemd unit starts)", _link),
+        ("run", "run both in the foreground, without systemd", _run),
     ):
-        add_command(commands, common, name, text).set_defaults(action=_core)
+        add_command(commands, common, name, text).set_defaults(action=action)
     config = add_command(commands, common, "config", "show or check the configuration")
     actions = config.add_subparsers(dest="config_command", metavar="show|check", required=True)
     add_command(actions, common, "show", "every key with the value in force").set_defaults(action=_show)
@@ -48,6 +49,23 @@ def _core(arguments: argparse.Namespace, paths: Paths) -> int:
 
     run_core(paths, config, handover)
     return 0
+
+
+def _link(arguments: argparse.Namespace, paths: Paths) -> int:
+    from agent.link.main import run_link  # noqa: PLC0415 - the other commands do not pay for it
+
+    run_link(paths.admin_socket, paths.link_dir, take_environment())
+    return 0
+
+
+def _run(arguments: argparse.Namespace, paths: Paths) -> int:
+    from agent.cli.supervise import supervise  # noqa: PLC0415 - as above
+
+    load_config(paths)
+    options = ["--state-dir", str(paths.state_dir), "--run-dir", str(paths.run_dir)]
+    if paths.config_explicit:
+        options += ["--config", str(paths.config)]
+    return supervise(paths, options)
 
 
 def _detect(arguments: argparse.Namespace, paths: Paths) -> int:

@@ -66,6 +66,7 @@ class AdminApi:
             ("POST", "/v1/store/rotate-key", self._rotate),
             ("GET", "/v1/jobs", lambda request: json_response({"jobs": self._fleet.jobs()})),
             ("GET", "/v1/jobs/{id}", self._job),
+            ("POST", "/v1/jobs/reset", lambda request: json_response(self._fleet.reset_journal())),
             ("GET", "/v1/maintenance", lambda request: json_response({"tasks": self._fleet.maintenance()})),
             ("POST", "/v1/maintenance", self._maintain),
         ]

@@ -22,7 +22,7 @@ from typing import Any
 from agent import __version__
 from agent.base.clock import SystemClock, TrustedClock, iso
 from agent.base.config import Config, Paths
-from agent.base.errors import AgentError, DamagedError, PeerError, TryLaterError
+from agent.base.errors import AgentError, ConflictError, DamagedError, PeerError, TryLaterError
 from agent.core import diagnostics, health
 from agent.core.enrolling import Enroller, describe, identity_text, settings_state
 from agent.core.inbox import DESIRED_MARK, Called, Inbox, require_address
@@ -45,6 +45,7 @@ from agent.wire.messages import decode
 from agent.wire.ops import OPS
 from agent.work.jobs import JobStatus, Lane, Order
 from agent.work.journal import Journal
+from agent.work.mending import set_aside
 from agent.work.runner import Runner
 
 _LOG = logging.getLogger("edge_agent.fleet")
@@ -86,6 +87,7 @@ class Fleet:
     def __init__(self, paths: Paths, store: Store, within: Within) -> None:
         self._store = store
         self._within = within
+        self._journal_path = paths.journal
         self._operations = within.operations
         self.boot_nonce = secrets.token_hex(16)
         self.enroller = Enroller(paths.trust_file, store)
@@ -115,23 +117,36 @@ class Fleet:
         self._loop = asyncio.get_running_loop()
         self.enroller.read()
         self._build()
-        try:
-            self.journal.open()
-            self._open = True
-            self._floor()
-            self._begin_epoch()
-        except AgentError as error:
-            self._open = False
-            self.problem = str(error)
-            _LOG.error("no jobs: %s%s", error, f" ({error.hint})" if error.hint else "")
-        if self._open:
-            self._tasks += [asyncio.ensure_future(self._run_jobs()), asyncio.ensure_future(self._run_plan())]
+        self._open_journal()
         if self.enroller.allegiance is not None:
             self._tasks.append(asyncio.ensure_future(self._take_inventory()))
         self._telemetry.start()
         self._changed()
         if self._open and self.remote.entry.state == "confirming":
             self._reconcile()
+
+    def _open_journal(self) -> None:
+        try:
+            self.journal.open()
+            self._open, self.problem = True, ""
+            self._floor()
+            self._begin_epoch()
+        except AgentError as error:
+            self._open, self.problem = False, str(error)
+            _LOG.error("no jobs: %s%s", error, f" ({error.hint})" if error.hint else "")
+            return
+        self._tasks += [asyncio.ensure_future(self._run_jobs()), asyncio.ensure_future(self._run_plan())]
+
+    def reset_journal(self) -> dict[str, Any]:
+        """Move a journal that cannot be opened aside and begin a new one. ConflictError for one that works."""
+        if self._open:
+            raise ConflictError("cannot reset the job journal: it is whole")
+        allegiance = self.enroller.allegiance
+        stamp = self.clock.clock.now().strftime("%Y%m%dT%H%M%SZ")
+        moved = set_aside(self._journal_path, allegiance.epoch if allegiance else 0, stamp)
+        self._open_journal()
+        self._changed()
+        return {"moved_to": str(moved.path) if moved.path else None, "counters_kept": moved.counters_kept}
 
     def _build(self) -> None:
         within, store = self._within, self._store
