@@ -32,12 +32,14 @@ class Enroller:
         self._base: Allegiance | None = None
         self.allegiance: Allegiance | None = None
         self.signer: Signer | None = None
+        #: PEM of the certificate that the enrolment brought, for link.
+        self.certificate = ""
         #: Why there is no fleet although somebody meant there to be one.
         self.problem: str = ""
 
     def read(self) -> None:
         """Look at the file and the catalog. A wrong file leaves the device without a fleet, and is told."""
-        self.problem = ""
+        self.problem = self.certificate = ""
         try:
             self._base = self.allegiance = load(self._file)
         except AgentError as error:
@@ -49,7 +51,8 @@ class Enroller:
         self.signer = Signer(self._identity())
         if self._base.device is None and (kept := self._store.document.fleet.enrolment):
             try:
-                self.allegiance = self._enrolled(self._verified(base64.b64decode(kept)))
+                document = self._verified(base64.b64decode(kept))
+                self.allegiance, self.certificate = self._enrolled(document), document.certificate
             except AgentError as error:  # enrolled under another key: the file was replaced, the device waits anew
                 _LOG.warning("the enrolment no longer holds: %s", error)
 
@@ -70,7 +73,7 @@ class Enroller:
             return catalog.model_copy(update={"fleet": catalog.fleet.model_copy(update={"enrolment": text})})
 
         self._store.commit(change)
-        self.allegiance = allegiance
+        self.allegiance, self.certificate = allegiance, document.certificate
         return document
 
     def _identity(self) -> bytes:

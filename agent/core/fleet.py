@@ -467,6 +467,7 @@ class Fleet:
             ),
             "outbox_mb": config.outbox_mb,
             "splay_s": config.splay_s,
+            "certificate": self.enroller.certificate or None,
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return settings | {"boot_nonce": self.boot_nonce, "version": int(digest[:12], 16)}

@@ -30,6 +30,8 @@ class Message:
     """One thing to say. ``record`` with its ``stream`` stands in place of ``payload`` for telemetry."""
 
     id: int
+    #: ``id`` under which link knows it: never used again, not even by a later start.
+    name: str
     topic: str
     kind: Kind
     retain: bool = False
@@ -41,7 +43,7 @@ class Message:
     def document(self) -> dict[str, Any]:
         """As link gets it."""
         found: dict[str, Any] = {
-            "id": str(self.id),
+            "id": self.name,
             "topic": self.topic,
             "kind": self.kind,
             "retain": self.retain,
@@ -67,7 +69,7 @@ class Outgoing:
     def say(self, topic: str, payload: bytes, *, retain: bool = False, confirm: bool = False) -> None:
         """Let this be the latest on ``topic``. An empty payload ends what was retained there."""
         kind: Kind = "alert" if topic.startswith("up/alert/") else "state"
-        self._states[topic] = Message(self._next(), topic, kind, retain, confirm, payload)
+        self._states[topic] = Message(*self._next(), topic, kind, retain, confirm, payload)
 
     def drop(self, topic: str) -> None:
         """Say no more on ``topic``."""
@@ -75,20 +77,20 @@ class Outgoing:
 
     def answer(self, payload: bytes) -> None:
         """One answer to a question; the oldest is lost when nobody takes them."""
-        self._answers.append(Message(self._next(), "up/rpc", "rpc", payload=payload))
+        self._answers.append(Message(*self._next(), "up/rpc", "rpc", payload=payload))
 
     def record(self, stream: str, record: Mapping[str, Any]) -> None:
         """One record of telemetry; the oldest is lost when nobody takes them."""
-        self._records.append(Message(self._next(), f"up/tel/{stream}", "tel", stream=stream, record=record))
+        self._records.append(Message(*self._next(), f"up/tel/{stream}", "tel", stream=stream, record=record))
 
     def wake(self) -> None:
         """Let whoever waits look again."""
         self._news.set()
 
-    def _next(self) -> int:
+    def _next(self) -> tuple[int, str]:
         self._last += 1
         self._news.set()
-        return self._last
+        return self._last, f"{self._nonce[:12]}-{self._last}"
 
     async def after(self, cursor: str, wait_s: float) -> tuple[str, list[Message]]:
         """What came after ``cursor``, and the new cursor; waits up to ``wait_s`` seconds for the first message."""
@@ -106,9 +108,11 @@ class Outgoing:
     def confirm(self, ids: set[str]) -> None:
         """The broker has these."""
         for topic, message in list(self._states.items()):
-            if message.confirm and str(message.id) in ids:
+            if message.confirm and message.name in ids:
                 if message.retain:
-                    self._states[topic] = Message(message.id, topic, message.kind, retain=True, payload=message.payload)
+                    self._states[topic] = Message(
+                        message.id, message.name, topic, message.kind, retain=True, payload=message.payload
+                    )
                 else:
                     del self._states[topic]
                 self._confirmed(message)
