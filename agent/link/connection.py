@@ -15,6 +15,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from paho.mqtt.client import Client, MQTTMessage, MQTTv5, error_string
@@ -57,18 +58,18 @@ class Plan:
     keepalive_s: int
     username: str | None
     password: str | None
-    will: tuple[str, bytes]
+    will: tuple[str, bytes] | None
     subscriptions: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Received:
-    """A message from the broker; ``mid`` means something on its own connection only."""
+    """A message from the broker. ``ack`` sends its PUBACK on the connection that it came by, or nothing at all."""
 
     topic: str
     payload: bytes
-    mid: int
     qos: int
+    ack: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class _LastError(logging.Handler):
 
 
 class Connection:
-    """``open``, then ``publish`` and ``ack`` until ``ended`` is done. All on the event loop's thread.
+    """``open``, then ``publish`` until ``ended`` is done. All on the event loop's thread.
 
     ``received`` gets each message; ``tick`` is called now and then while the connection makes progress.
     """
@@ -154,9 +155,10 @@ class Connection:
         plan = self._plan
         client = _Paho(CallbackAPIVersion.VERSION2, plan.client_id, protocol=MQTTv5, manual_ack=True)
         client.username, client.password = plan.username, plan.password
-        delay = _properties(PacketTypes.WILLMESSAGE)
-        delay.WillDelayInterval = WILL_DELAY_S
-        client.will_set(*plan.will, qos=1, retain=True, properties=delay)
+        if plan.will is not None:
+            delay = _properties(PacketTypes.WILLMESSAGE)
+            delay.WillDelayInterval = WILL_DELAY_S
+            client.will_set(*plan.will, qos=1, retain=True, properties=delay)
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
         client.on_message = self._on_message
@@ -208,10 +210,10 @@ class Connection:
                 self._waiting[info.mid] = answer, self._loop.time()
         return answer
 
-    def ack(self, message: Received) -> None:
-        """Send the PUBACK for a message of this connection. When the connection has ended, nothing."""
-        if not self.ended.done() and message.qos:
-            self._drive(lambda: self._client.ack(message.mid, message.qos))
+    def _ack(self, mid: int, qos: int) -> None:
+        """When the connection has ended, nothing: the number would be another message's on the next one."""
+        if not self.ended.done() and qos:
+            self._drive(lambda: self._client.ack(mid, qos))
 
     async def close(self, code: int) -> None:
         """Say goodbye with a DISCONNECT and end."""
@@ -340,7 +342,8 @@ class Connection:
             self._ready.set_result(None)
 
     def _on_message(self, _client: Any, _data: Any, message: MQTTMessage) -> None:
-        self._received(Received(message.topic, bytes(message.payload), message.mid, message.qos))
+        ack = partial(self._ack, message.mid, message.qos)
+        self._received(Received(message.topic, bytes(message.payload), message.qos, ack))
 
     def _on_publish(self, _client: Any, _data: Any, mid: int, code: ReasonCode, _properties: Any) -> None:
         answer, _ = self._waiting.pop(mid, (None, 0.0))

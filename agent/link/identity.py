@@ -55,7 +55,7 @@ class Identity:
         write_atomically(self._request, request.public_bytes(pem))
 
     def store(self, certificate: str) -> None:
-        """Keep the certificate (PEM, leaf first) of an enrolment. DamagedError when it does not fit the key; OSError."""
+        """Keep an enrolment's certificate (PEM, leaf first). DamagedError when it does not fit the key; OSError."""
         if self._certificate.is_file() and read_bounded(self._certificate, _MAX_BYTES) == certificate.encode():
             return
         candidate = temporary_name(self._certificate)

@@ -32,13 +32,12 @@ HandIn = Callable[[str, bytes], Awaitable[Verdict]]
 class Inbound:
     """What came by one connection. ``stop`` drops what has no verdict yet: it will come again."""
 
-    def __init__(self, hand_in: HandIn, ack: Callable[[Received], None]) -> None:
+    def __init__(self, hand_in: HandIn) -> None:
         self._hand_in = hand_in
-        self._ack = ack
         self._loop = asyncio.get_running_loop()
         self._lanes: dict[str, asyncio.Lock] = {}
         self._unacked: deque[tuple[Received, float]] = deque()
-        self._done: set[int] = set()
+        self._done: set[Received] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -102,7 +101,7 @@ class Inbound:
     def _settle(self, message: Received) -> None:
         """Core has answered."""
         if message.qos:
-            self._done.add(message.mid)
+            self._done.add(message)
             self._acknowledge()
 
     def _acknowledge(self) -> None:
@@ -112,12 +111,12 @@ class Inbound:
         held: deque[tuple[Received, float]] = deque()
         in_order = True
         for message, since in self._unacked:
-            if message.mid in self._done and in_order:
-                self._done.discard(message.mid)
-                self._ack(message)
+            if message in self._done and in_order:
+                self._done.discard(message)
+                message.ack()
                 continue
             held.append((message, since))
-            in_order = in_order and (message.mid in self._done or since <= patience)
+            in_order = in_order and (message in self._done or since <= patience)
         self._unacked = held
         if self._done:
             self._timer = self._loop.call_later(OVERTAKE_S, self._acknowledge)

@@ -143,7 +143,15 @@ class Pending:
 class Outcome:
     """What publishing has told so far, for the state that core gets."""
 
+    changed: Callable[[], None]
     refused: dict[str, int] = field(default_factory=dict)
+
+    def note(self, topic: str, code: int) -> None:
+        """The broker has refused a publish."""
+        if self.refused.get(topic) != code:
+            _LOG.error("the broker refuses what is published on %s: reason code 0x%02x", topic, code)
+        self.refused[topic] = code
+        self.changed()
 
     def told(self) -> str:
         """The refusals in words, empty without any."""
@@ -207,7 +215,7 @@ class Publisher:
             self._taken(item.message)
             self.wake()
         else:
-            self._note_refusal(topic, code)
+            self._outcome.note(topic, code)
             self._loop.call_later(self._pending.refused(item, self._loop.time()), self.wake)
             self.wake()
 
@@ -233,12 +241,7 @@ class Publisher:
             self._telemetry_pause_s = 0.0
             self.wake()
             return
-        self._note_refusal(topic, code)
+        self._outcome.note(topic, code)
         pause_s = self._telemetry_pause_s = min(max(_RETRY_S[0], 2 * self._telemetry_pause_s), _RETRY_S[1])
         self._telemetry_after = self._loop.time() + pause_s
         self._loop.call_later(pause_s, self.wake)
-
-    def _note_refusal(self, topic: str, code: int) -> None:
-        if self._outcome.refused.get(topic) != code:
-            _LOG.error("the broker refuses what is published on %s: reason code 0x%02x", topic, code)
-        self._outcome.refused[topic] = code
