@@ -6,11 +6,9 @@ Bounded: a message carries it. What does not fit is cut where it is least missed
 from __future__ import annotations
 
 import base64
-import gzip
 import io
 import json
 import re
-import tarfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +57,9 @@ def hidden(value: Any, name: str = "") -> Any:
 
 
 def _packed(files: Mapping[str, bytes]) -> bytes:
+    import gzip  # noqa: PLC0415 - with what they bring in, a megabyte that most devices never need
+    import tarfile  # noqa: PLC0415
+
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for name, data in files.items():

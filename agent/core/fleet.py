@@ -212,6 +212,7 @@ class Fleet:
 
     def stop(self) -> None:
         """What runs leaves at its next safe point."""
+        self._outgoing.close()
         if not hasattr(self, "runner"):
             return
         self.runner.stop()

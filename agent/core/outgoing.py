@@ -65,6 +65,7 @@ class Outgoing:
         self._answers: deque[Message] = deque(maxlen=_MOST_ANSWERS)
         self._records: deque[Message] = deque(maxlen=_MOST_RECORDS)
         self._news = asyncio.Event()
+        self._closed = False
 
     def say(self, topic: str, payload: bytes, *, retain: bool = False, confirm: bool = False) -> None:
         """Let this be the latest on ``topic``. An empty payload ends what was retained there."""
@@ -83,6 +84,11 @@ class Outgoing:
         """One record of telemetry; the oldest is lost when nobody takes them."""
         self._records.append(Message(*self._next(), f"up/tel/{stream}", "tel", stream=stream, record=record))
 
+    def close(self) -> None:
+        """Let nobody wait any more: core is stopping."""
+        self._closed = True
+        self._news.set()
+
     def wake(self) -> None:
         """Let whoever waits look again."""
         self._news.set()
@@ -97,7 +103,7 @@ class Outgoing:
         seen = self._seen(cursor)
         self._forget(seen)
         messages = self._later(seen)
-        if not messages and wait_s > 0:
+        if not messages and wait_s > 0 and not self._closed:
             self._news.clear()
             with contextlib.suppress(asyncio.TimeoutError):  # on Python 3.10 a class of its own
                 await asyncio.wait_for(self._news.wait(), wait_s)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from agent.hardware.document import document
 from agent.hardware.facts import Facts
 from agent.hardware.profiles import Profile
 from agent.store.document import CatalogDocument
@@ -16,6 +15,8 @@ _LEFT_OUT = ("profile_notes", "notes", "compatible")
 
 def fleet_facts(facts: Facts, profile: Profile, problems: Sequence[str]) -> dict[str, Any]:
     """The document of ``edge-agent detect`` without its long texts."""
+    from agent.hardware.document import document  # noqa: PLC0415 - a device without a fleet is asked by nobody
+
     found = document(facts, profile, problems)
     return {key: value for key, value in found.items() if key not in _LEFT_OUT}
 
