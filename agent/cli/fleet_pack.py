@@ -1,68 +1,46 @@
-"""``edge-fleet``: the operator's command line. Parses, calls, prints; exit status 1 for errors, 2 for usage."""
+"""``edge-fleet pack``: a folder, or an fp32 model with data, becomes one file that devices take."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from agent import __version__
-from agent.base.errors import AgentError, PeerError
+from agent.base.errors import PeerError
 from agent.bundles.agreement import passes
 from agent.bundles.manifest import GoldenMetric, Policy, Variant
-from agent.cli.terminal import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    EXIT_USAGE,
-    Progress,
-    bar,
-    megabytes,
-    print_error,
-    print_json,
-    print_table,
-)
+from agent.cli.commands import Commands
+from agent.cli.fleet_common import manual
+from agent.cli.terminal import EXIT_USAGE, Progress, bar, megabytes, print_error, print_json, print_table
 from agent.fleet.added import Added
 from agent.fleet.pack import Packed, pack_folder
 from agent.fleet.variants import VARIANTS, PackOptions, pack_model
 
 PREFERENCES = get_args(Policy.model_fields["prefer"].annotation)
 METRICS = get_args(GoldenMetric)
+_EXAMPLES = """\
+  edge-fleet pack detector/                                        a folder with a model.json
+  edge-fleet pack detector.onnx --calibrate data.npz --golden golden.npz
+  edge-fleet pack detector.onnx --golden golden.npz --add detector.tflite:int8-qat -o detector.edgemodel
+"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status."""
-    options = parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except AgentError as error:
-        print_error(error)
-        return EXIT_FAILED
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        print_error(f"cannot {options.doing}: {error.strerror or error}{where}")
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print_error("interrupted")
-        return EXIT_INTERRUPTED
-
-
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    top = argparse.ArgumentParser(prog="edge-fleet", description="Pack models for devices that run edge-agent.")
-    top.add_argument("--version", action="version", version=f"edge-fleet {__version__}")
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    pack = commands.add_parser(
+def register(commands: Commands, common: argparse.ArgumentParser) -> None:
+    """Add the command to the parser."""
+    pack = manual(
+        commands,
+        common,
         "pack",
-        help="make a .edgemodel from a folder, or from an fp32 model with data",
-        description="SOURCE is a folder with a model.json, or an fp32 .onnx file of which the variants are made.",
+        "make a .edgemodel from a folder, or from an fp32 model with data",
+        about="SOURCE is a folder with a model.json, or an fp32 .onnx file of which the variants are made; for the "
+        "second, install the extra [pack].",
+        examples=_EXAMPLES,
     )
     pack.set_defaults(run=_pack, doing="pack")
     pack.add_argument("source", metavar="SOURCE", type=Path, help="folder with a model.json, or fp32 .onnx file")
     pack.add_argument("-o", "--out", metavar="FILE", type=Path, help="default: NAME-VERSION.edgemodel")
-    pack.add_argument("--json", action="store_true", help="print the result as one JSON document")
     model = pack.add_argument_group("for an .onnx file")
     model.add_argument("--calibrate", metavar="NPZ", type=Path, help="real inputs that set the ranges of int8-static")
     model.add_argument("--golden", metavar="NPZ", type=Path, help="real inputs to compare answers with; also 'label'")
@@ -80,7 +58,6 @@ def parser() -> argparse.ArgumentParser:
     model.add_argument("--labels", metavar="FILE", type=Path, help="names of the classes, one a line")
     for text in ("task", "description", "license"):
         model.add_argument(f"--{text}", help="free text for the manifest")
-    return top
 
 
 def _finite(text: str) -> float:
@@ -183,7 +160,3 @@ def _row(packed: Packed, variant: Variant) -> tuple[object, ...]:
 
 def _number(value: object) -> str:
     return f"{value:.5f}" if isinstance(value, float) else ""
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

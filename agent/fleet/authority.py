@@ -1,8 +1,9 @@
-"""The fleet's own certificate authority: for devices, for the claim credential of images, for operators and brokers.
+"""The fleet's own certificate authorities: one each for devices, operators, the claim credential and brokers.
 
-One level, EC P-256 (RFC 5280 profiles, as OpenSSL and mosquitto check them). The common name is what a broker's access
-list goes by: a device's name; ``@claim`` and ``@fleet`` for the other two, which can be no device's names.
-Pure but for randomness and the clock that is passed in.
+Four, because a broker gives each kind another door: whoever has a device's certificate, or the claim credential that is
+in every image, cannot come in by the operators'. One level each, EC P-256 (RFC 5280 profiles, as OpenSSL and mosquitto
+check them). The common name is what a broker's access list goes by: a device's name, ``claim``, or a name with ``@``,
+which is no device's. Pure but for randomness; the clock is passed in.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from typing import Literal
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -19,8 +21,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from agent.base.errors import DamagedError, PeerError
 
-CLAIM_NAME = "@claim"
-OPERATOR_NAME = "@fleet"
+Kind = Literal["devices", "operators", "claims", "servers"]
+KINDS: tuple[Kind, ...] = ("devices", "operators", "claims", "servers")
+#: Common names that deploy/mosquitto's access lists know.
+OPERATOR_NAME, BRIDGE_NAME, CLAIM_NAME = "@ops", "@claims", "claim"
 
 _AUTHORITY_DAYS = 20 * 365
 _DEVICE_DAYS = 10 * 365
@@ -46,10 +50,10 @@ class Authority:
         return str(self.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value)
 
 
-def make_authority(tenant: str, now: datetime) -> Authority:
-    """A new authority for a tenant."""
+def make_authority(tenant: str, kind: Kind, now: datetime) -> Authority:
+    """A new authority of a tenant."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = _name(tenant, f"edge-fleet {tenant}"[:64])
+    name = _name(tenant, f"edge-fleet {kind}")
     certificate = (
         _builder(name, name, key.public_key(), _EARLY, now + timedelta(days=_AUTHORITY_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -96,7 +100,7 @@ def sign_device(authority: Authority, request: x509.CertificateSigningRequest, d
 
 
 def make_client(authority: Authority, name: str, now: datetime) -> tuple[str, ec.EllipticCurvePrivateKey]:
-    """Certificate in PEM and a new key for ``@claim`` or ``@fleet``."""
+    """Certificate in PEM and a new key for a client that is no device."""
     key = ec.generate_private_key(ec.SECP256R1())
     return _pem(_client(authority, key.public_key(), name, now)), key
 

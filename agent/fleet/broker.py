@@ -193,7 +193,7 @@ class Broker:
             raise TryLaterError(f"cannot connect to {self.where}: no answer within {_CONNECT_S:g} s")
         raise RefusedError(
             f"cannot connect to {self.where}: {self._verdict}",
-            hint="does the broker know this certificate's authority, and its access list the name @fleet?",
+            hint="does the broker know this certificate's authority, and its access list the name @ops?",
         )
 
     def _unreachable(self, error: OSError) -> Exception:

@@ -82,7 +82,7 @@ class Desk:
 
     def _session(self, stack: contextlib.ExitStack) -> tuple[str, int]:
         """Client id and how long the broker keeps its session: the persistent one, unless another command has it."""
-        prefix = f"{self._settings.tenant}.@fleet."  # "@" is in no device's name
+        prefix = f"{self._settings.tenant}/@ops/"  # "@" is in no device's name
         try:
             stack.enter_context(exclusive_lock(self._folder.session_lock))
         except ConflictError:

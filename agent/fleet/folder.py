@@ -20,7 +20,8 @@ from agent.base.files import require_own, write_atomically
 from agent.wire.topics import is_name
 
 VARIABLE = "EDGE_FLEET_DIR"
-PORT = 8883
+#: The ports of deploy/mosquitto: devices, operators, devices that ask to be enrolled.
+DEVICE_PORT, OPERATOR_PORT, CLAIM_PORT = 8883, 8884, 8885
 
 _Host = Annotated[str, StringConstraints(min_length=1, max_length=253, pattern=r"^[A-Za-z0-9.:_-]+$")]
 _Port = Annotated[int, Field(ge=1, le=65_535)]
@@ -36,7 +37,7 @@ class BrokerSettings(_Section):
     """How the operator's tools reach the broker. Relative files are the folder's."""
 
     host: _Host
-    port: _Port = PORT
+    port: _Port = OPERATOR_PORT
     tls: bool = True
     ca_file: _Text = ""
     cert_file: _Text = ""
@@ -74,25 +75,23 @@ class Folder:
         """What goes to ``/etc/edge-agent/trust.toml`` of devices that will be enrolled."""
         return self.path / "trust.toml"
 
-    @property
-    def authority(self) -> Path:
-        """The certificate of the fleet's own authority."""
-        return self.path / "authority" / "ca.pem"
+    def authority(self, kind: str) -> Path:
+        """The certificate of one of the fleet's authorities."""
+        return self.path / "authority" / f"{kind}.pem"
 
-    @property
-    def authority_key(self) -> Path:
-        """Signs the certificates of devices."""
-        return self.path / "authority" / "ca-key.pem"
+    def authority_key(self, kind: str) -> Path:
+        """Its key."""
+        return self.path / "authority" / f"{kind}.key"
 
     @property
     def enrolment_key(self) -> Path:
         """Signs enrolments: says which keys a device obeys."""
-        return self.path / "authority" / "enrolment.pem"
+        return self.path / "authority" / "enrolment.key"
 
     @property
-    def broker(self) -> Path:
-        """The operator's own certificate and key for the broker, and who vouches for the broker."""
-        return self.path / "broker"
+    def operator(self) -> Path:
+        """The operator's own certificate and key, and who vouches for the broker."""
+        return self.path / "operator"
 
     @property
     def image(self) -> Path:
@@ -100,9 +99,9 @@ class Folder:
         return self.path / "image"
 
     @property
-    def server(self) -> Path:
-        """Certificates for brokers of one's own."""
-        return self.path / "server"
+    def broker(self) -> Path:
+        """What a broker needs: whom it lets in, and where it is one of our own, its certificate."""
+        return self.path / "broker"
 
     @property
     def session_lock(self) -> Path:
@@ -111,7 +110,7 @@ class Folder:
 
     def signing_key(self, name: str) -> Path:
         """A private key that signs jobs. ``name`` was checked."""
-        return self.path / "keys" / f"{name}.pem"
+        return self.path / "keys" / f"{name}.key"
 
     def file(self, named: str) -> Path:
         """A file that the settings name."""
@@ -128,7 +127,7 @@ def make_folder(folder: Folder) -> None:
     """The folder and its parts, for their owner alone. RefusedError when others could write there, OSError."""
     folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
     require_own(folder.path)
-    for part in ("authority", "broker", "image", "keys", "server"):
+    for part in ("authority", "broker", "image", "keys", "operator"):
         (folder.path / part).mkdir(mode=0o700, exist_ok=True)
 
 

@@ -305,13 +305,12 @@ def require_cancelling(device: Device, keyids: Sequence[str]) -> None:
             raise RefusedError(f"cannot cancel on '{device.name}': it obeys none of these keys in class {kind}")
 
 
-def export_document(envelopes: Sequence[Document]) -> dict[str, Any]:
-    """Documents as a file that a second person signs."""
+def export_envelopes(envelopes: Sequence[tuple[str, bytes]]) -> dict[str, Any]:
+    """Device and envelope each, as a file that a second person signs."""
     return {
         "format": EXPORT,
         "documents": [
-            {"device": document.device, "envelope": base64.b64encode(document.envelope).decode()}
-            for document in envelopes
+            {"device": device, "envelope": base64.b64encode(envelope).decode()} for device, envelope in envelopes
         ],
     }
 
