@@ -30,6 +30,8 @@ __all__ = ["Head", "HeadReader", "ProtocolError", "RequestParser"]
 
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\Z")
 _TOKEN_BYTES = frozenset(b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
+#: What says where a message ends must not come after it has ended (RFC 9110 6.5.1).
+_FRAMING = frozenset(("transfer-encoding", "content-length"))
 CHUNK_LINE_BYTES = 256
 #: Framing bytes allowed beside the data of a chunked body: one byte a chunk would cost more work than it carries.
 CHUNK_OVERHEAD_BYTES = 65536
@@ -317,6 +319,8 @@ class RequestParser:
                 self._stage = "done"
                 return True
             self._add_field(line, self._reader.limits)
+            if self._pairs[-1][0] in _FRAMING:
+                raise ProtocolError(400, f"cannot read body: {self._pairs[-1][0]} in a trailer")
         return False
 
     _STEPS: ClassVar[dict[str, Callable[[RequestParser], bool]]] = {
