@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.base.errors import NotFoundError, PeerError
-from agent.core.fleet import Fleet
 from agent.core.operating import Operations, Progress
+from agent.core.upkeep import Upkeep
 from agent.operations.install import AddRequest, Installer
 from agent.operations.maintain import Maintenance
 from agent.operations.present import describe_model, list_models
@@ -20,6 +20,9 @@ from agent.serve.access import OPERATE
 from agent.serve.exchange import Request, Response, json_response
 from agent.serve.routes import Route
 from agent.store.store import Store
+
+if TYPE_CHECKING:
+    from agent.core.fleet import Fleet
 
 #: Longer than any trial of four candidates on the slowest board.
 _LONG_S = 3600.0
@@ -37,7 +40,8 @@ class AdminApi:
         operations: Operations,
         status: Callable[[], dict[str, Any]],
         diagnose: Callable[[], list[dict[str, Any]]],
-        fleet: Fleet,
+        upkeep: Upkeep,
+        fleet: Callable[[], Fleet | None],
     ) -> None:
         self._store = store
         self._installer = installer
@@ -45,6 +49,7 @@ class AdminApi:
         self._operations = operations
         self._status = status
         self._diagnose = diagnose
+        self._upkeep = upkeep
         self._fleet = fleet
 
     def routes(self) -> list[Route]:
@@ -64,10 +69,10 @@ class AdminApi:
             ("POST", "/v1/store/verify", self._verify),
             ("POST", "/v1/store/gc", self._gc),
             ("POST", "/v1/store/rotate-key", self._rotate),
-            ("GET", "/v1/jobs", lambda request: json_response({"jobs": self._fleet.jobs()})),
+            ("GET", "/v1/jobs", self._jobs),
             ("GET", "/v1/jobs/{id}", self._job),
-            ("POST", "/v1/jobs/reset", lambda request: json_response(self._fleet.reset_journal())),
-            ("GET", "/v1/maintenance", lambda request: json_response({"tasks": self._fleet.maintenance()})),
+            ("POST", "/v1/jobs/reset", lambda request: json_response(self._require_fleet().reset_journal())),
+            ("GET", "/v1/maintenance", lambda request: json_response({"tasks": self._upkeep.table()})),
             ("POST", "/v1/maintenance", self._maintain),
         ]
         return [Route(method, path, OPERATE, handler, deadline_s=_LONG_S) for method, path, handler in rows]
@@ -142,9 +147,19 @@ class AdminApi:
 
     # -- fleet ----------------------------------------------------------------------------------------------------
 
+    def _require_fleet(self) -> Fleet:
+        fleet = self._fleet()
+        if fleet is None:
+            raise NotFoundError("this device has no fleet", hint="docs/how-to/fleet.md tells how to give it one")
+        return fleet
+
+    def _jobs(self, request: Request) -> Response:
+        fleet = self._fleet()
+        return json_response({"jobs": fleet.jobs() if fleet else []})
+
     def _job(self, request: Request) -> Response:
         job_id = request.params["id"]
-        found = self._fleet.job(job_id)
+        found = self._require_fleet().job(job_id)
         if found is None:
             raise NotFoundError(f"job '{job_id}': no such job")
         return json_response(found)
@@ -155,7 +170,7 @@ class AdminApi:
         names = options.get("run", [])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise PeerError("cannot read request: 'run' must be a list of tasks")
-        return await self._do(request, "maintenance", lambda tell: {"tasks": self._fleet.run_tasks(names, tell)})
+        return await self._do(request, "maintenance", lambda tell: {"tasks": self._upkeep.run(names, tell)})
 
     # -- the whole ------------------------------------------------------------------------------------------------
 

@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent import __version__
 from agent.base import config as configuration
-from agent.base.clock import SystemClock
+from agent.base.clock import SystemClock, TrustedClock
 from agent.base.config import Config, Paths
 from agent.base.errors import AgentError, ConfigError
 from agent.base.files import require_own, write_atomically
@@ -31,13 +31,13 @@ from agent.base.systemd import Handover, Notifier, adopt_sockets
 from agent.core import health, logs
 from agent.core.admin_api import AdminApi
 from agent.core.device import Device, inventory_of, look_at_device
-from agent.core.fleet import Fleet, Within
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
-from agent.core.link_api import LinkApi
+from agent.core.link_api import LinkApi, NoFleet
 from agent.core.memory import settle
 from agent.core.operating import Operations
-from agent.core.presenting import fleet_facts, reported_models
-from agent.core.telemetry import energy_record, heat_record, memory_record, models_record
+from agent.core.tasks import Means
+from agent.core.upkeep import Upkeep
+from agent.core.within import Within
 from agent.hardware.sensors import read_sensors
 from agent.infer.engine import Engine, EngineLimits, Key
 from agent.infer.runtimes.probe import Runtimes
@@ -47,7 +47,6 @@ from agent.operations.install import Installer, Serving
 from agent.operations.maintain import Maintenance
 from agent.operations.measured import Choice, ChooseVariant, DeviceView, outdated
 from agent.operations.shelving import shelf_from
-from agent.selection.inventory import inventory_document
 from agent.serve.admin import ADMIN_LIMITS, admin_server
 from agent.serve.inference import Inference
 from agent.serve.limits import MIB
@@ -56,6 +55,9 @@ from agent.serve.server import Server
 from agent.store.document import CatalogDocument
 from agent.store.keys import DeviceKeys
 from agent.store.store import Store
+
+if TYPE_CHECKING:
+    from agent.core.fleet import Fleet
 
 _LOG = logging.getLogger("edge_agent.core")
 #: One run of a golden example.
@@ -80,6 +82,8 @@ class Core:
         self._operations = Operations()
         self._runtimes = Runtimes()
         self._rules = model_rules(config)
+        self._fleet: Fleet | None = None
+        self._no_fleet = NoFleet()
 
     async def run(self) -> None:
         """Start, serve until told to stop, drain, stop. Raises AgentError when it cannot start."""
@@ -132,36 +136,53 @@ class Core:
             go_on=self._operations.go_on,
         )
         self._maintenance = Maintenance(self._store, serving.show)
-        self._fleet = Fleet(self._paths, self._store, self._within())
+        self._upkeep = Upkeep(self._paths, lambda: self.config, self._operations, self._means, self._fleet_changed)
+        if os.path.lexists(self._paths.trust_file):
+            self._make_fleet()
 
-    def _within(self) -> Within:
-        device = self._device
-        return Within(
+    @property
+    def config(self) -> Config:
+        """What holds: the file, and what the fleet has set over it."""
+        return self._fleet.config if self._fleet is not None else self._config
+
+    def _means(self, clock: TrustedClock) -> Means:
+        """What maintenance works with."""
+        return Means(
+            store=self._store,
+            installer=self._installer,
+            maintenance=self._maintenance,
+            clock=clock,
+            ask=self._ask,
+            certificate_ends=lambda: self._fleet.certificate_ends if self._fleet is not None else None,
+        )
+
+    def _make_fleet(self) -> Fleet:
+        """The fleet's side, where somebody says whom the device obeys; its code is loaded only then."""
+        from agent.core.fleet import Fleet  # noqa: PLC0415 - see above
+
+        within = Within(
             operations=self._operations,
             installer=self._installer,
             maintenance=self._maintenance,
+            device=self._device,
+            runtimes=self._runtimes,
             file_config=lambda: self._config,
             hold=self._hold,
             status=self._status,
-            findings=lambda: [*health.check_device(device), *health.check_store(self._store)],
+            findings=self._findings,
             diagnose=self._diagnose,
-            facts=lambda: fleet_facts(device.facts, device.profile, device.problems),
-            profile=lambda: device.profile.id,
-            inventory=lambda: inventory_document(inventory_of(self._runtimes)),
-            models=lambda: reported_models(self._store.document),
-            streams={
-                "status": lambda: {"uptime_s": round(time.monotonic() - self._started, 1), **_process()},
-                "models": lambda: models_record(self._inference.statistics_document()),
-                "heat": lambda: heat_record(read_sensors()),
-                "memory": lambda: memory_record(read_sensors(), _process()),
-                "energy": lambda: energy_record(read_sensors()),
-                "health": lambda: {"verdict": health.verdict(self._fleet.all_findings())},
-            },
-            ask=self._ask,
+            figures=_figures,
+            statistics=self._statistics,
             unload_all=self._unload_all,
             restart=self.stop,
             reboot=self._request_reboot,
         )
+        self._fleet = Fleet(self._paths, self._store, self._upkeep, within)
+        return self._fleet
+
+    def _fleet_changed(self) -> None:
+        if self._fleet is not None:
+            self._fleet.changed()
 
     def _device_view(self) -> DeviceView:
         device = self._device
@@ -209,9 +230,10 @@ class Core:
             self._operations,
             self._status,
             self._diagnose,
-            self._fleet,
+            self._upkeep,
+            lambda: self._fleet,
         )
-        rows = [*api.routes(), *LinkApi(self._fleet).routes()]
+        rows = [*api.routes(), *LinkApi(lambda: self._fleet or self._no_fleet).routes()]
         self._admin = admin_server(rows, link_uid=uid_of(config.sockets.link_user), limits=_ADMIN_LIMITS)
         passed = adopt_sockets(self._handover.descriptors, {"infer", "admin"})
         for name, server, path, group in (
@@ -233,7 +255,9 @@ class Core:
             loop.add_signal_handler(number, action)
         for problem in self._device.problems:
             _LOG.warning("profile ignored: %s", problem)
-        self._fleet.start()
+        self._upkeep.start()
+        if self._fleet is not None:
+            self._fleet.start()
         took = time.monotonic() - self._started
         models = len(self._store.document.models)
         _LOG.info("ready after %.2f s: %d models, board %s", took, models, self._device.facts.board)
@@ -247,13 +271,15 @@ class Core:
 
     async def _wind_down(self) -> None:
         self._notifier.stopping("draining")
-        if hasattr(self, "_fleet"):
+        if hasattr(self, "_upkeep"):
+            self._upkeep.stop()
+        if self._fleet is not None:
             self._fleet.stop()
         self._operations.stop()  # first, or the admin socket would drain for as long as a trial lasts
         servers = [server for server in (getattr(self, "_infer", None), getattr(self, "_admin", None)) if server]
         await asyncio.gather(*(server.drain(self._config.server.drain_s) for server in servers))
         await self._operations.close()
-        if hasattr(self, "_fleet"):
+        if self._fleet is not None:
             self._fleet.close()
         self.all_ended = await self._engine.close()
         _LOG.info("stopped")
@@ -295,14 +321,18 @@ class Core:
             _LOG.error("configuration not reloaded: %s", error)
             return
         self._config = config
-        self._fleet.reload()
-        self._hold(self._fleet.config)
+        if self._fleet is not None:
+            self._fleet.reload()
+        elif os.path.lexists(self._paths.trust_file):
+            self._make_fleet().start()
+        self._hold(self.config)
         _LOG.info("configuration reloaded; limits of sockets, store and memory hold from the next start on")
 
     def _hold(self, config: Config) -> None:
         """What of a configuration holds at once: the log and the access rules. The fleet's side reads its own."""
         logs.set_up(config.log, journal="JOURNAL_STREAM" in os.environ)
         self._rules.replace(model_rules(config))
+        self._upkeep.reload()
 
     def _ask(self, model: str, version: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """From the operations' thread: one run of what serves a model."""
@@ -316,6 +346,9 @@ class Core:
 
         return {tensor.name: tensor.array for tensor in self._operations.await_on_loop(ask()).outputs}
 
+    def _statistics(self) -> dict[str, Any]:
+        return self._inference.statistics_document()
+
     def _unload_all(self) -> int:
         return sum(self._engine.unload(name) for name in {row["model"] for row in self._engine.loaded()})
 
@@ -324,6 +357,11 @@ class Core:
         write_atomically(self._paths.state_dir / "reboot-requested", b"")
 
     # -- telling ------------------------------------------------------------------------------------------------------
+
+    def _findings(self) -> list[health.Finding]:
+        """What is wrong, as far as it is quick to tell."""
+        found = [*health.check_device(self._device), *health.check_store(self._store)]
+        return found if self._fleet is None else [*found, *self._fleet.findings()]
 
     def _status(self) -> dict[str, Any]:
         device = self._device
@@ -338,11 +376,12 @@ class Core:
             "generation": self._store.document.generation,
             "models": self._engine.index(),
             "loaded": self._engine.loaded(),
-            "process": _process(),
+            "process": _figures(),
             "under_way": self._operations.under_way,
-            "health": health.verdict(self._fleet.all_findings()),
+            "health": health.verdict(self._findings()),
             "throttled": read_sensors().throttled_now,
-            **self._fleet.status(),
+            **self._upkeep.status(),
+            **(self._fleet.status() if self._fleet is not None else {"fleet": None, "link": None}),
         }
 
     def _diagnose(self) -> list[dict[str, Any]]:
@@ -354,7 +393,7 @@ class Core:
             health.check_confinement,
             lambda: health.check_swap(self._device.facts, locked=self._locked),
             lambda: health.check_clock(time.gmtime().tm_year),
-            self._fleet.findings,
+            lambda: self._fleet.findings() if self._fleet is not None else [],
         ]
         findings: list[health.Finding] = []
         for check in checks:
@@ -365,7 +404,7 @@ class Core:
         return health.as_documents(findings)
 
 
-def _process() -> dict[str, float]:
+def _figures() -> dict[str, float]:
     """What this process takes: MB of resident memory, seconds of CPU time."""
     pages = int(Path("/proc/self/statm").read_bytes().split()[1])  # proc(5): resident
     times = os.times()

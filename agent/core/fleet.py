@@ -1,7 +1,7 @@
-"""The fleet's side of core, wired: journal and runner, inbox and outgoing, twin, questions, telemetry, maintenance.
+"""The fleet's side of core, wired: journal and runner, inbox and outgoing, twin, questions, telemetry.
 
-Everything here works without a fleet too: local jobs do not exist, yet maintenance is planned and its results are
-kept. A journal that cannot be opened leaves the device serving and says what mends it.
+It exists only on a device with a ``trust.toml``; nothing else in core needs it. A journal that cannot be opened leaves
+the device serving and says what mends it.
 """
 
 from __future__ import annotations
@@ -14,30 +14,29 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from functools import partial
+from datetime import datetime
 from typing import Any
 
 from agent import __version__
-from agent.base.clock import SystemClock, TrustedClock, iso
+from agent.base.clock import SystemClock, iso
 from agent.base.config import Config, Paths
 from agent.base.errors import AgentError, ConflictError, DamagedError, PeerError, TryLaterError
 from agent.core import diagnostics, health
+from agent.core.device import inventory_of
 from agent.core.enrolling import Enroller, describe, identity_text, settings_state
 from agent.core.inbox import DESIRED_MARK, Called, Inbox, require_address
 from agent.core.link_api import LinkState
 from agent.core.logs import RECENT
-from agent.core.operating import Operations
 from agent.core.outgoing import Message, Outgoing
+from agent.core.presenting import fleet_facts, reported_models
 from agent.core.questions import Questions, lines_of, without_args
-from agent.core.tasks import Means, tasks
-from agent.core.telemetry import Telemetry
+from agent.core.telemetry import Telemetry, energy_record, heat_record, memory_record, models_record
+from agent.core.upkeep import Upkeep
+from agent.core.within import Within
+from agent.hardware.sensors import read_sensors
 from agent.operations.configure import RemoteConfig, drift
-from agent.operations.install import Installer
 from agent.operations.jobs import Around, Jobs
-from agent.operations.maintain import Maintenance
-from agent.operations.plan import Plan
+from agent.selection.inventory import inventory_document
 from agent.store.store import Store
 from agent.trust.envelope import EnvelopeError, open_envelope, seal
 from agent.wire import messages as wire
@@ -49,42 +48,16 @@ from agent.work.mending import set_aside
 from agent.work.runner import Runner
 
 _LOG = logging.getLogger("edge_agent.fleet")
-#: No date before this release can be right.
-_BUILT = datetime(2026, 11, 1, tzinfo=timezone.utc)
 _FLOOR = "clock-floor"
-_PLAN_S = 30.0
 _MOST_MODELS = 150
 _MOST_SAID = 200
 _REPORT_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Within:
-    """What the fleet's side uses of core. ``hold`` puts a configuration into force, on the event loop's thread."""
-
-    operations: Operations
-    installer: Installer
-    maintenance: Maintenance
-    file_config: Callable[[], Config]
-    hold: Callable[[Config], None]
-    status: Callable[[], dict[str, Any]]
-    findings: Callable[[], list[health.Finding]]
-    diagnose: Callable[[], list[dict[str, Any]]]
-    facts: Callable[[], dict[str, Any]]
-    profile: Callable[[], str]
-    inventory: Callable[[], dict[str, Any]]
-    models: Callable[[], list[dict[str, Any]]]
-    streams: Mapping[str, Callable[[], Mapping[str, Any] | None]]
-    ask: Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]]
-    unload_all: Callable[[], int]
-    restart: Callable[[], None]
-    reboot: Callable[[], None]
-
-
 class Fleet:
     """See the module. ``start`` and ``stop`` belong to the event loop's thread."""
 
-    def __init__(self, paths: Paths, store: Store, within: Within) -> None:
+    def __init__(self, paths: Paths, store: Store, upkeep: Upkeep, within: Within) -> None:
         self._store = store
         self._within = within
         self._journal_path = paths.journal
@@ -92,14 +65,15 @@ class Fleet:
         self.boot_nonce = secrets.token_hex(16)
         self.enroller = Enroller(paths.trust_file, store)
         self.link = LinkState()
-        self.clock = TrustedClock(SystemClock(), within.file_config().clock.trust, _BUILT)
+        self.clock = upkeep.clock
+        self._upkeep = upkeep
         self.journal = Journal(paths.journal, SystemClock(), clock_trusted=self.clock.trusted)
         self.remote = RemoteConfig(store, within.file_config, self._hold, self._link_is_back)
         self.problem = ""
         self._outgoing = Outgoing(self.boot_nonce, self._was_confirmed)
         self._rescue = ThreadPoolExecutor(1, thread_name_prefix="rescue")
         self._csr = ""
-        self._certificate_ends: str | None = None
+        self.certificate_ends: str | None = None
         self._said: dict[str, tuple[str, int]] = {}
         self._tasks: list[asyncio.Task[Any]] = []
         self._news = asyncio.Event()
@@ -121,7 +95,7 @@ class Fleet:
         if self.enroller.allegiance is not None:
             self._tasks.append(asyncio.ensure_future(self._take_inventory()))
         self._telemetry.start()
-        self._changed()
+        self.changed()
         if self._open and self.remote.entry.state == "confirming":
             self._reconcile()
 
@@ -135,7 +109,7 @@ class Fleet:
             self._open, self.problem = False, str(error)
             _LOG.error("no jobs: %s%s", error, f" ({error.hint})" if error.hint else "")
             return
-        self._tasks += [asyncio.ensure_future(self._run_jobs()), asyncio.ensure_future(self._run_plan())]
+        self._tasks.append(asyncio.ensure_future(self._run_jobs()))
 
     def reset_journal(self) -> dict[str, Any]:
         """Move a journal that cannot be opened aside and begin a new one. ConflictError for one that works."""
@@ -145,15 +119,11 @@ class Fleet:
         stamp = self.clock.clock.now().strftime("%Y%m%dT%H%M%SZ")
         moved = set_aside(self._journal_path, allegiance.epoch if allegiance else 0, stamp)
         self._open_journal()
-        self._changed()
+        self.changed()
         return {"moved_to": str(moved.path) if moved.path else None, "counters_kept": moved.counters_kept}
 
     def _build(self) -> None:
         within, store = self._within, self._store
-        means = Means(
-            store, within.installer, within.maintenance, self.clock, within.ask, lambda: self._certificate_ends
-        )
-        self.plan = Plan(tasks(means), self.journal.maintenance, lambda: self.config.maintenance, self.clock)
         around = Around(
             store=store,
             installer=within.installer,
@@ -162,8 +132,8 @@ class Fleet:
             unload_all=lambda: self._operations.on_loop(within.unload_all),
             tail=RECENT.tail,
             collect=self._collect,
-            run_tasks=self.plan.run,
-            task_names=self.plan.names,
+            run_tasks=self._upkeep.plan.run,
+            task_names=self._upkeep.plan.names,
             restart=lambda: self._on_loop(within.restart),
             reboot=within.reboot,
         )
@@ -195,7 +165,7 @@ class Fleet:
             boot_nonce=self.boot_nonce,
         )
         called = Called(
-            jobs_changed=self._changed,
+            jobs_changed=self.changed,
             desired_changed=self._reconcile,
             asked=questions.asked,
             check_args=check_args,
@@ -204,11 +174,22 @@ class Fleet:
         self._telemetry = Telemetry(
             self._outgoing,
             lambda: self.config.telemetry,
-            within.streams,
-            self.all_findings,
+            self._streams(),
+            within.findings,
             self.clock,
             self.boot_nonce,
         )
+
+    def _streams(self) -> dict[str, Callable[[], Mapping[str, Any] | None]]:
+        within = self._within
+        return {
+            "status": within.figures,
+            "models": lambda: models_record(within.statistics()),
+            "heat": lambda: heat_record(read_sensors()),
+            "memory": lambda: memory_record(read_sensors(), within.figures()),
+            "energy": lambda: energy_record(read_sensors()),
+            "health": lambda: {"verdict": health.verdict(within.findings())},
+        }
 
     def stop(self) -> None:
         """What runs leaves at its next safe point."""
@@ -237,16 +218,14 @@ class Fleet:
         """The configuration file or ``trust.toml`` may have changed."""
         before = self.enroller.allegiance
         self.enroller.read()
-        self.clock.trust = self.config.clock.trust
         if self.enroller.allegiance != before:
             self._begin_epoch()
-        self._changed()
+        self.changed()
 
     def _hold(self, config: Config) -> None:
         def do() -> None:
-            self.clock.trust = config.clock.trust
             self._within.hold(config)
-            self._changed()
+            self.changed()
 
         self._on_loop(do)
 
@@ -306,9 +285,10 @@ class Fleet:
     def _wake(self) -> None:
         """From any thread: something about the jobs changed."""
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._changed)
+            self._loop.call_soon_threadsafe(self.changed)
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
+        """Something that the fleet is told of changed; on the event loop's thread."""
         self._news.set()
         if not self._report_due and self._loop is not None:
             self._report_due = True
@@ -336,8 +316,9 @@ class Fleet:
 
     async def _take_inventory(self) -> None:
         """Probing a runtime starts a child that imports it: a second on a small board, and never on the loop."""
-        self._inventory = await asyncio.get_running_loop().run_in_executor(None, self._within.inventory)
-        self._changed()
+        found = await asyncio.get_running_loop().run_in_executor(None, inventory_of, self._within.runtimes)
+        self._inventory = inventory_document(found)
+        self.changed()
 
     # -- twin ---------------------------------------------------------------------------------------------------------
 
@@ -401,14 +382,14 @@ class Fleet:
             last_seq=seq,
             last_generation=generation,
             desired_version=self.journal.desired()[0] if self._open else 0,
-            facts=self._within.facts(),
-            profile=self._within.profile(),
+            facts=self._facts(),
+            profile=self._within.device.profile.id,
             inventory=self._inventory,
         )
 
     def _reported(self) -> wire.Reported:
         self._reported_version += 1
-        models = self._within.models()
+        models = reported_models(self._store.document)
         config, entry = self.config, self.remote.entry
         return wire.Reported(
             **self._address(),
@@ -418,11 +399,11 @@ class Fleet:
             config_state=entry.state,
             config=entry.config,
             drift=self.drift(config),
-            health=health.verdict(self.all_findings()),
+            health=health.verdict(self._within.findings()),
             models=models[:_MOST_MODELS],
             models_left_out=max(0, len(models) - _MOST_MODELS),
             jobs={"under_way": _lanes(self.runner), "problem": self.runner.problem or self.problem or None},
-            maintenance=[_short_task(row) for row in self.plan.table()] if self._open else [],
+            maintenance=self._upkeep.short(),
             refused=self.journal.refusals() if self._open else {},
         )
 
@@ -438,6 +419,10 @@ class Fleet:
         except AgentError:
             return []
         return drift(wanted.config, config or self.config)
+
+    def _facts(self) -> dict[str, Any]:
+        device = self._within.device
+        return fleet_facts(device.facts, device.profile, device.problems)
 
     def _address(self) -> dict[str, Any]:
         allegiance = self.enroller.allegiance
@@ -491,7 +476,7 @@ class Fleet:
         """See ``link_api``."""
         self.link.heard, self.link.document = time.monotonic(), document
         ends = document.get("certificate_ends")
-        self._certificate_ends = ends if isinstance(ends, str) else None
+        self.certificate_ends = ends if isinstance(ends, str) else None
 
     def certificate_requested(self, csr: str) -> None:
         """See ``link_api``: announce the device to those who may enrol it."""
@@ -499,7 +484,7 @@ class Fleet:
         if allegiance is None or signer is None or allegiance.device is not None:
             return
         self._csr = csr
-        facts = self._within.facts()
+        facts = self._facts()
         message = wire.Announcement(
             tenant=allegiance.tenant,
             identity=identity_text(signer),
@@ -526,33 +511,10 @@ class Fleet:
         self._begin_epoch()
         _LOG.info("enrolled as %s of %s, enrolment %d", document.device, document.tenant, document.epoch)
         self._outgoing.wake()
-        self._changed()
+        self.changed()
         return {"verdict": "accepted", "reason": "", "certificate": document.certificate}
 
-    # -- maintenance and telling --------------------------------------------------------------------------------------
-
-    async def _run_plan(self) -> None:
-        while True:
-            await asyncio.sleep(_PLAN_S)
-            if self._operations.under_way is None and (name := self.plan.due()) is not None:
-                try:
-                    await self._operations.run(f"maintenance {name}", partial(self._run_task, name), lambda event: None)
-                except AgentError as error:
-                    _LOG.warning("maintenance %s: %s", name, error)
-                self._floor()
-                self._changed()
-
-    def _run_task(self, name: str, tell: Callable[[Mapping[str, Any]], None]) -> list[dict[str, Any]]:
-        return self.plan.run([name], lambda: tell({"stage": name}))
-
-    def run_tasks(self, names: list[str], tell: Callable[[Mapping[str, Any]], None]) -> list[dict[str, Any]]:
-        """Run maintenance now, for the admin API. DamagedError without a journal."""
-        self._require_open()
-        return self.plan.run(names or list(self.plan.names), lambda: tell({"stage": "maintenance"}))
-
-    def maintenance(self) -> list[dict[str, Any]]:
-        """The plan with its last outcomes."""
-        return self.plan.table() if self._open else []
+    # -- telling -------------------------------------------------------------------------------------------------------
 
     def job(self, job_id: str) -> dict[str, Any] | None:
         """One job, with what was asked for."""
@@ -573,17 +535,13 @@ class Fleet:
         parts = {
             "status": within.status(),
             "doctor": within.diagnose(),
-            "facts": within.facts(),
+            "facts": self._facts(),
             "config": self.config.model_dump(mode="json"),
             "jobs": self.jobs(50),
-            "maintenance": self.maintenance(),
-            "models": within.models(),
+            "maintenance": self._upkeep.table(),
+            "models": reported_models(self._store.document),
         }
         return diagnostics.archive(parts, RECENT.tail(400))
-
-    def all_findings(self) -> list[health.Finding]:
-        """What is wrong with the device, the store and the fleet's side, as far as it is quick to tell."""
-        return [*self._within.findings(), *self.findings()]
 
     def findings(self) -> list[health.Finding]:
         """What is wrong with the fleet's side."""
@@ -605,13 +563,11 @@ class Fleet:
         return {
             "fleet": describe(self.enroller.allegiance),
             "boot_nonce": self.boot_nonce,
-            "clock_trusted": self.clock.trusted(),
             "link": self.link.shown() if self.link_settings()["state"] != "off" else None,
             "config_state": self.remote.entry.state,
             "drift": self.drift(),
             "jobs": _lanes(self.runner),
             "alerts": self._telemetry.alerts,
-            "maintenance": [_short_task(row) for row in self.maintenance()],
             "refused": self.journal.refusals() if self._open else {},
         }
 
@@ -655,7 +611,3 @@ def _job_row(status: JobStatus) -> dict[str, Any]:
 
 def _lanes(runner: Runner) -> dict[str, Any]:
     return {str(lane): shown for lane, shown in runner.under_way().items()}
-
-
-def _short_task(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("task", "ended_at", "ok", "text")}

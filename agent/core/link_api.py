@@ -10,18 +10,23 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agent.base.errors import PeerError
-from agent.core.outgoing import Message
 from agent.serve.access import CARRY
 from agent.serve.exchange import Request, Response, json_response
 from agent.serve.routes import Route
-from agent.trust.envelope import MAX_ENVELOPE_BYTES
+
+if TYPE_CHECKING:
+    from agent.core.outgoing import Message
 
 _MOST_WAIT_S = 60.0
 _MOST_IDS = 4096
+#: As ``agent.trust.envelope.MAX_ENVELOPE_BYTES``.
+MAX_ENVELOPE_BYTES = 64 << 10
 _MOST_CSR = 4096
+#: So long a device without a fleet keeps link waiting: a stop waits for it too.
+_NOTHING_S = 5.0
 
 
 @dataclass(slots=True)
@@ -54,12 +59,45 @@ class Fleet(Protocol):
     def enrolled(self, data: bytes) -> dict[str, str]: ...
 
 
-class LinkApi:
-    """Handlers of the rows."""
+class NoFleet:
+    """Stands behind the rows on a device without a ``trust.toml``: link is told to do nothing."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._asking: asyncio.Task[Any] | None = None
+    def link_settings(self) -> dict[str, Any]:
+        """Off."""
+        return {"state": "off", "version": 0, "outbox_mb": 1, "splay_s": 0.0, "broker": None, "certificate": None}
+
+    def received(self, topic: str, data: bytes) -> dict[str, str]:
+        """Refused."""
+        return {"verdict": "refused", "reason": "not_enrolled"}
+
+    async def outgoing(self, cursor: str, wait_s: float) -> tuple[str, list[Message]]:
+        """Nothing, in time."""
+        await asyncio.sleep(min(wait_s, _NOTHING_S))
+        return cursor, []
+
+    def confirmed(self, ids: set[str]) -> None:
+        """Nothing was said."""
+
+    def link_said(self, document: dict[str, Any]) -> None:
+        """Nobody asks."""
+
+    def certificate_requested(self, csr: str) -> None:
+        """Nobody would sign it."""
+
+    def enrolled(self, data: bytes) -> dict[str, str]:
+        """Refused."""
+        return {"verdict": "refused", "reason": "not_enrolled", "certificate": ""}
+
+
+class LinkApi:
+    """Handlers of the rows. ``fleet`` gives who stands behind them now."""
+
+    def __init__(self, fleet: Callable[[], Fleet]) -> None:
+        self._now = fleet
+
+    @property
+    def _fleet(self) -> Fleet:
+        return self._now()
 
     def routes(self) -> list[Route]:
         """The table."""

@@ -2,28 +2,30 @@
 
 A task is due when its interval has passed since it last ended, and begins in a window where one is set. Without a
 clock that can be trusted the interval counts from the start of the agent, and a window never opens: a device whose
-clock is years off must neither maintain itself all the time nor at noon. Results are kept in the journal.
+clock is years off must neither maintain itself all the time nor at noon. Results are kept in a file.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any, Protocol
 
 from agent.base.clock import TrustedClock, iso
 from agent.base.config import MaintenanceConfig
-from agent.base.errors import AgentError, NotFoundError
-from agent.work.jobs import WindowSpec
-from agent.work.tables import Task as Outcome
-from agent.work.windows import opening_at
+from agent.base.errors import AgentError, NotFoundError, TryLaterError
+from agent.base.files import read_bounded, write_atomically
 
 _LOG = logging.getLogger("edge_agent.maintenance")
 #: No task in the first minutes: a start has enough to do, and a restart loop must not become a maintenance loop.
 SETTLE_S = 900.0
+_MOST_BYTES = 1 << 20
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 GoOn = Callable[[], None]
 
@@ -47,20 +49,64 @@ class Task:
     run: Callable[[GoOn], Result]
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The last run of a task. ``ok`` is None while it has not ended once; times are RFC 3339."""
+
+    started_at: str | None = None
+    ended_at: str | None = None
+    ok: bool | None = None
+    text: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Results(Protocol):
     """Where outcomes are kept."""
 
-    def started(self, task: str, at: str) -> None:
-        """A run begins."""
-        ...
-
-    def ended(self, task: str, at: str, *, ok: bool, text: str = "", data: Mapping[str, Any] | None = None) -> None:
-        """It is over."""
-        ...
-
-    def tasks(self) -> dict[str, Outcome]:
+    def tasks(self) -> Mapping[str, Outcome]:
         """The last outcomes by task."""
         ...
+
+    def put(self, task: str, outcome: Outcome) -> None:
+        """Keep this one."""
+        ...
+
+
+class ResultsFile:
+    """Outcomes in one small JSON file, replaced as a whole. One that cannot be read counts as none: what it said is
+    only when something was last done, and doing it again is right."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._outcomes = self._read()
+
+    def _read(self) -> dict[str, Outcome]:
+        try:
+            document = json.loads(read_bounded(self._path, _MOST_BYTES))
+            return {str(task): Outcome(**fields) for task, fields in document.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            _LOG.warning("results of maintenance are lost: %s", error)
+            return {}
+
+    def tasks(self) -> Mapping[str, Outcome]:
+        """See ``Results``."""
+        return self._outcomes
+
+    def put(self, task: str, outcome: Outcome) -> None:
+        """See ``Results``. TryLaterError when the disk does not take it."""
+        self._outcomes = {**self._outcomes, task: outcome}
+        document = {name: asdict(kept) for name, kept in self._outcomes.items()}
+        try:
+            write_atomically(self._path, json.dumps(document).encode())
+        except OSError as error:
+            raise TryLaterError(f"cannot keep what came of maintenance: {error.strerror}") from error
+
+    def latest(self) -> datetime:
+        """The latest moment that an outcome tells of: it is past, whatever the clock says."""
+        moments = [_moment(outcome.ended_at) for outcome in self._outcomes.values() if outcome.ended_at]
+        return max((moment for moment in moments if moment is not None), default=_LONG_AGO)
 
 
 class Plan:
@@ -100,6 +146,9 @@ class Plan:
             return True
         if not self._clock.trusted():
             return False
+        from agent.work.jobs import WindowSpec  # noqa: PLC0415 - most devices have no window
+        from agent.work.windows import opening_at  # noqa: PLC0415
+
         now = self._clock.clock.now()
         return opening_at(WindowSpec(config.window, config.duration_s, config.tz), now).holds(now)
 
@@ -126,16 +175,17 @@ class Plan:
         return [rows[name] for name in names]
 
     def _run(self, task: Task, go_on: GoOn) -> None:
-        self._results.started(task.name, iso(self._clock.clock.now()))
+        began = iso(self._clock.clock.now())
         try:
             result = task.run(go_on)
         except AgentError as error:
             go_on()  # a stop, or a cancelled job, is no outcome
             result = Result(ok=False, text=str(error))
         if not result.ok:
-            _LOG.warning("maintenance %s: %s", task.name, result.text)
+            _LOG.warning("%s: %s", task.name, result.text)
         self._ended[task.name] = self._monotonic()
-        self._results.ended(task.name, iso(self._clock.clock.now()), ok=result.ok, text=result.text, data=result.data)
+        outcome = Outcome(began, iso(self._clock.clock.now()), result.ok, result.text, dict(result.data))
+        self._results.put(task.name, outcome)
 
     def table(self) -> list[dict[str, Any]]:
         """Every task with its interval and its last outcome."""

@@ -1,0 +1,41 @@
+"""What the fleet's side uses of core: values and callables, and no more of it than these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from agent.base.config import Config
+from agent.core.device import Device
+from agent.core.health import Finding
+from agent.core.operating import Operations
+from agent.operations.install import Installer
+from agent.operations.maintain import Maintenance
+
+if TYPE_CHECKING:
+    from agent.infer.runtimes.probe import Runtimes
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """``hold`` puts a configuration into force, on the event loop's thread; ``findings`` are those that core makes.
+
+    ``figures`` are of this process, ``statistics`` the document of inference, ``diagnose`` all checks and slow.
+    """
+
+    operations: Operations
+    installer: Installer
+    maintenance: Maintenance
+    device: Device
+    runtimes: Runtimes
+    file_config: Callable[[], Config]
+    hold: Callable[[Config], None]
+    status: Callable[[], dict[str, Any]]
+    findings: Callable[[], list[Finding]]
+    diagnose: Callable[[], list[dict[str, Any]]]
+    figures: Callable[[], dict[str, float]]
+    statistics: Callable[[], dict[str, Any]]
+    unload_all: Callable[[], int]
+    restart: Callable[[], None]
+    reboot: Callable[[], None]
