@@ -38,10 +38,7 @@ _LOG = logging.getLogger("edge_agent.work")
 class _Seat:
     """What a lane is busy with."""
 
-    key: int
-    lane: Lane
-    job_id: str
-    op: str
+    job: Waiting
     since: float
     attempt: Attempt | None = None
     #: The job waits for a restart, until then on the monotonic clock.
@@ -106,7 +103,7 @@ class Runner:
     def under_way(self) -> dict[Lane, dict[str, Any]]:
         """What each busy lane does, for ``status``. ``stuck``: it is past its time and has not come to a safe point."""
         with self._lock:
-            seats = {seat.lane: seat for seat in self._parked.values()} | self._seats
+            seats = {seat.job.lane: seat for seat in self._parked.values()} | self._seats
             return {lane: self._shown(seat) for lane, seat in seats.items()}
 
     # -- choosing -----------------------------------------------------------------------------------------------------
@@ -130,7 +127,7 @@ class Runner:
 
     def _is_free(self, lane: Lane) -> bool:
         """In the normal lane a job may rely on the one before it being over; rescue waits for nothing."""
-        waiting = lane == "normal" and any(seat.lane == lane for seat in self._parked.values())
+        waiting = lane == "normal" and any(seat.job.lane == lane for seat in self._parked.values())
         return lane not in self._seats and not waiting
 
     def _gate(self, job: Waiting) -> float | None:
@@ -189,27 +186,26 @@ class Runner:
     # -- lanes --------------------------------------------------------------------------------------------------------
 
     def _start(self, job: Waiting) -> float | None:
-        seat = _Seat(job.key, job.lane, job.job_id, job.op, self._clock.monotonic())
-        return self._hand_over(seat, late=False)
+        return self._hand_over(_Seat(job, self._clock.monotonic()), late=False)
 
     def _unpark(self, seat: _Seat, now: float) -> float | None:
         """A restart that did not come in time fails its step. Seconds until then."""
         if now < seat.parked_until:
             return seat.parked_until - now
-        if seat.lane in self._seats:
+        if seat.job.lane in self._seats:
             return None  # looked at again when the lane is free
-        del self._parked[seat.key]
+        del self._parked[seat.job.key]
         wait = self._hand_over(seat, late=True)
         if wait is not None:
-            self._parked[seat.key] = seat
+            self._parked[seat.job.key] = seat
         return wait
 
     def _hand_over(self, seat: _Seat, *, late: bool) -> float | None:
-        self._seats[seat.lane] = seat
+        self._seats[seat.job.lane] = seat
         try:
-            self._execute(seat.lane, f"job {seat.job_id} ({seat.op})", partial(self._work, seat, late))
+            self._execute(seat.job.lane, f"job {seat.job.job_id} ({seat.job.op})", partial(self._work, seat, late))
         except AgentError as error:
-            del self._seats[seat.lane]
+            del self._seats[seat.job.lane]
             self.problem = str(error)
             return _RETRY_S
         return None
@@ -219,23 +215,34 @@ class Runner:
         parked = False
         trouble: BaseException | None = None
         try:
-            record = self._journal.load(seat.key)
-            if record is not None and not record.progress.has_ended and not self._stopping.is_set():
-                handler = self._handlers.get(record.order.op)
-                seat.attempt = Attempt(self._bench, record, handler, late=late)
-                parked = seat.attempt.run()
+            if self._may_still(seat.job):
+                parked = self._run(seat, late)
         except UnwritableError as error:
             trouble = error.__cause__
         except Exception as error:  # noqa: BLE001 - a bug here must not end the lane: the job counts as interrupted
             trouble = error
         with self._lock:
-            del self._seats[seat.lane]
+            del self._seats[seat.job.lane]
             if parked and seat.attempt is not None:
                 seat.parked_until = seat.attempt.deadline
-                self._parked[seat.key] = seat
+                self._parked[seat.job.key] = seat
             if trouble is not None:
                 self._fail(trouble)
         self._changed()
+
+    def _may_still(self, job: Waiting) -> bool:
+        """The lane's thread may have been busy with something else for long: the window may have closed since."""
+        if self._stopping.is_set():
+            return False
+        with self._lock:
+            return self._gate(job) == 0
+
+    def _run(self, seat: _Seat, late: bool) -> bool:
+        record = self._journal.load(seat.job.key)
+        if record is None or record.progress.has_ended:
+            return False
+        seat.attempt = Attempt(self._bench, record, self._handlers.get(record.order.op), late=late)
+        return seat.attempt.run()
 
     def _fail(self, error: BaseException | None) -> float:
         self._retry_at = self._clock.monotonic() + _RETRY_S
@@ -245,7 +252,7 @@ class Runner:
 
     def _shown(self, seat: _Seat) -> dict[str, Any]:
         now = self._clock.monotonic()
-        shown: dict[str, Any] = {"job_id": seat.job_id, "op": seat.op, "seconds": round(now - seat.since, 1)}
+        shown: dict[str, Any] = {"job_id": seat.job.job_id, "op": seat.job.op, "seconds": round(now - seat.since, 1)}
         if seat.attempt is not None:
             progress = seat.attempt.progress
             shown |= {"step": progress.step, "phase": progress.phase, "attempt": progress.attempt}
