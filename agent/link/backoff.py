@@ -1,8 +1,8 @@
 """When to connect: splayed first, decorrelated jitter after failures, long after a fight over the session. Pure.
 
 A fleet whose broker comes back must not arrive at once. So the first attempt, and the first one after a connection
-that was stable, are drawn from the operator's splay; each later one from up to three times the pause before it
-("decorrelated jitter", M. Brooker, Exponential Backoff And Jitter, 2015), so that neighbours drift apart for good.
+that was stable, are drawn from the operator's splay; each later one comes after half a splay to three times the pause
+before it ("decorrelated jitter", M. Brooker, Exponential Backoff And Jitter, 2015): neighbours drift apart for good.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ class Backoff:
         """Seconds to wait before the next attempt; each call is one attempt."""
         if self.contested:
             return self._draw(*TAKEOVER_PAUSE_S)
+        # Attempts of a fleet that fail must come at the planned rate too: one for each device and splay.
+        least_s = max(self._base_s, splay_s / 2)
         if not self._last_s:
-            self._last_s = self._base_s
-            return self._draw(0.0, max(splay_s, 0.0))
+            self._last_s = least_s
+            return self._draw(0.0, splay_s)
         cap_s = max(self._cap_s, 2 * splay_s)
-        self._last_s = min(cap_s, self._draw(self._base_s, max(self._base_s, 3 * self._last_s)))
+        self._last_s = min(cap_s, self._draw(least_s, max(least_s, 3 * self._last_s)))
         return self._last_s
 
     def lost(self, held_s: float, now: float, *, takeover: bool) -> None:
