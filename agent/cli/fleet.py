@@ -16,7 +16,17 @@ from pathlib import Path
 import agent.base.lean  # noqa: F401 - before whatever brings pydantic in
 from agent import __version__
 from agent.base.errors import AgentError
-from agent.cli import fleet_init, fleet_keys, fleet_pack
+from agent.cli import (
+    fleet_approve,
+    fleet_devices,
+    fleet_fit,
+    fleet_init,
+    fleet_jobs,
+    fleet_keys,
+    fleet_pack,
+    fleet_rpc,
+    fleet_watch,
+)
 from agent.cli.fleet_common import UsageError
 from agent.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, print_error
 
@@ -81,6 +91,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     fleet_init.register(commands, common)
     fleet_keys.register(commands, common)
+    fleet_devices.register(commands, common)
+    fleet_approve.register(commands, common)
+    fleet_fit.register(commands, common)
+    fleet_jobs.register(commands, common)
+    fleet_rpc.register(commands, common)
+    fleet_watch.register(commands, common)
     fleet_pack.register(commands, output)
     return top
 

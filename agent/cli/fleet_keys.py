@@ -87,8 +87,8 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
         common,
         "revoke",
         "use a key no more",
-        about="It signs nothing here any more and is left out of enrolments to come. Devices that were enrolled with it "
-        "go on obeying it until they are enrolled again.",
+        about="It signs nothing here any more and is left out of enrolments to come. Devices that were enrolled with "
+        "it go on obeying it until they are enrolled again.",
         examples="  edge-fleet keys revoke ann\n",
     )
     revoke.set_defaults(run=_revoke, doing="revoke a key")

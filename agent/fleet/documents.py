@@ -213,11 +213,12 @@ class Documents:
         """The last jobs of a device, newest first."""
         return self._outcomes("documents.device = ?", (device,), most)
 
-    def recent(self, most: int, *, unfinished: bool = False) -> list[Outcome]:
-        """The last jobs of all devices, newest first."""
+    def recent(self, most: int, *, device: str | None = None, unfinished: bool = False) -> list[Outcome]:
+        """The last jobs, of one device or of all, newest first."""
         ended = ", ".join(f"'{state}'" for state in sorted(TERMINAL))
-        where = f"documents.state != 'void' AND coalesce(states.state, '') NOT IN ({ended})" if unfinished else "1"
-        return self._outcomes(where, (), most)
+        under_way = f"documents.state != 'void' AND coalesce(states.state, '') NOT IN ({ended})"
+        where = f"(? IS NULL OR documents.device = ?) AND {under_way if unfinished else '1'}"
+        return self._outcomes(where, (device, device), most)
 
     def _outcomes(self, where: str, values: Sequence[object], most: int = -1) -> list[Outcome]:
         rows = self._sql.execute(

@@ -26,6 +26,8 @@ from agent.trust.envelope import PublicKey, Signer
 from agent.wire.ops import CLASSES, SIGNATURES, OpClass
 
 VARIABLE = "EDGE_FLEET_PASSWORD"
+#: The PEM's key derivation is the one that every OpenSSL reads, and a cheap one: short passwords would be guessed.
+LEAST_PASSWORD = 12
 _MOST_BYTES = 1 << 16
 _ATTEMPTS = 3
 _ENCRYPTED = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"
@@ -107,8 +109,8 @@ class Passwords:
 
 
 def _long_enough(password: bytes) -> bytes:
-    if len(password) < 8:
-        raise PeerError("cannot use the password: it is shorter than 8 characters")
+    if len(password) < LEAST_PASSWORD:
+        raise PeerError(f"cannot use the password: it is shorter than {LEAST_PASSWORD} characters")
     return password
 
 
