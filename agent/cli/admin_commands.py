@@ -94,11 +94,25 @@ def _status(arguments: argparse.Namespace, paths: Paths) -> int:
     print(f"store      generation {result['generation']}, key from {result['key_source']}")
     if doing := result["under_way"]:
         print(f"under way  {doing['operation']} for {doing['seconds']:.0f} s")
+    _print_fleet(result)
     rows = [(row["name"], row["version"], row["state"], row["reason"]) for row in result["models"]]
     if rows:
         print()
         print_table(("MODEL", "VERSION", "STATE", "REASON"), rows)
     return 0
+
+
+def _print_fleet(result: Mapping[str, Any]) -> None:
+    """Whom the device obeys, how the link is, what the fleet's jobs do, and what maintenance found wrong."""
+    if fleet := result["fleet"]:
+        name = f"{fleet['tenant']}/{fleet['device']}" if fleet["device"] else f"{fleet['tenant']}, not enrolled yet"
+        print(f"fleet      {name}, enrolment {fleet['epoch']}, configuration {result['config_state']}")
+        for lane, job in result["jobs"].items():
+            print(f"job        {job['job_id']} ({job['op']}, {lane} lane) for {job['seconds']:.0f} s")
+    if link := result["link"]:
+        print("link       " + ("connected" if link["connected"] else f"not connected: {link.get('reason') or '?'}"))
+    if failed := [task["task"] for task in result["maintenance"] if task["ok"] is False]:
+        print(f"upkeep     {', '.join(failed)}: see edge-agent maintenance")
 
 
 def _doctor(arguments: argparse.Namespace, paths: Paths) -> int:

@@ -50,7 +50,7 @@ def test_the_document_is_valid() -> None:
 
 def test_the_document_has_each_row_of_the_table_with_its_right() -> None:
     nothing: Any = None  # the table is made without calling anything
-    table = {(row.method, row.pattern): row.right for row in AdminApi(*[nothing] * 6).routes()}
+    table = {(row.method, row.pattern): row.right for row in AdminApi(*[nothing] * 8).routes()}
     assert {key: operation["x-right"] for key, operation in OPERATIONS.items()} == table
 
 
@@ -116,6 +116,11 @@ def test_a_daemon_answers_what_the_document_says(caller: Caller, model_file: int
     assert ask("POST", "/v1/store/verify")["ok"]
     ask("POST", "/v1/store/gc")
     ask("POST", "/v1/store/rotate-key")
+    assert ask("GET", "/v1/jobs") == {"jobs": []}
+    assert "no fleet" in ask("GET", "/v1/jobs/{id}", id="x")["error"]
+    assert "no fleet" in ask("POST", "/v1/jobs/reset")["error"]
+    assert [row["ok"] for row in ask("POST", "/v1/maintenance", {"run": ["disk"]})["tasks"]] == [True]
+    assert {row["task"] for row in ask("GET", "/v1/maintenance")["tasks"]} > {"scrub", "disk"}
     assert {row["level"] for row in ask("GET", "/v1/doctor")["findings"]} <= {"ok", "note", "warning"}
     assert ask("GET", "/v1/status")["loaded"]
     assert "no version" in ask("DELETE", "/v1/models/{name}?version=9", name=name)["error"]
