@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -11,6 +12,8 @@ from typing import Literal, Protocol
 #: More than struct timex has on any architecture.
 _TIMEX_BYTES = 512
 _STA_UNSYNC = 0x0040
+#: Made by systemd-timesyncd at the first synchronisation of a boot.
+_TIMESYNCD = "/run/systemd/timesync/synchronized"
 
 
 class Clock(Protocol):
@@ -40,6 +43,14 @@ def iso(moment: datetime) -> str:
     return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def clock_disciplined() -> bool | None:
+    """Whether somebody keeps this machine's clock right: systemd's own time service says so, or the kernel does.
+
+    A sandboxed service may read systemd-timesyncd(8)'s mark and not ask the kernel.
+    """
+    return True if os.path.exists(_TIMESYNCD) else kernel_clock_disciplined()
+
+
 def kernel_clock_disciplined() -> bool | None:
     """Whether the kernel says that something (NTP, PTP) keeps its clock right; None where it does not say.
 
@@ -66,7 +77,7 @@ class TrustedClock:
         clock: Clock,
         trust: Literal["auto", "always", "never"],
         floor: datetime,
-        disciplined: Callable[[], bool | None] = kernel_clock_disciplined,
+        disciplined: Callable[[], bool | None] = clock_disciplined,
     ) -> None:
         self.clock = clock
         self.trust = trust

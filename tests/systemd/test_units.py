@@ -17,8 +17,11 @@ from tests.systemd.conftest import UNITS, Unit
 
 CORE = "edge-agent-core.service"
 SOCKETS = ("edge-agent-infer.socket", "edge-agent-admin.socket")
-ALL = (CORE, *SOCKETS, "edge-agent.target")
+LINK = "edge-agent-link.service"
+REBOOT = ("edge-agent-reboot.path", "edge-agent-reboot.service")
+ALL = (CORE, LINK, *SOCKETS, *REBOOT, "edge-agent.target")
 BUDGET = 0.6
+LINK_BUDGET = 1.3
 
 analyzed = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
 Read = Callable[[str], Unit]
@@ -85,6 +88,12 @@ def test_core_is_exposed_no_more_than_agreed() -> None:
 
 
 @analyzed
+def test_the_exposure_of_link_is_within_its_budget(machine: Path) -> None:
+    level, table = exposure(machine / "etc/systemd/system" / LINK)
+    assert level <= LINK_BUDGET, table
+
+
+@analyzed
 def test_the_exposure_rises_when_a_wall_is_taken_down(machine: Path) -> None:
     path = machine / "etc/systemd/system" / CORE
     path.write_text(
@@ -94,6 +103,18 @@ def test_the_exposure_rises_when_a_wall_is_taken_down(machine: Path) -> None:
 
 
 # -- against the code -------------------------------------------------------------------------------------------------
+
+
+def test_link_has_the_folder_and_the_user_that_core_knows(unit: Read) -> None:
+    link = unit(LINK)
+    assert link["User"] == [Config().sockets.link_user]
+    assert [f"/var/lib/{name}" for name in link["StateDirectory"]] == [str(Paths().link_dir)]
+
+
+def test_the_reboot_that_core_asks_for_is_seen(unit: Read) -> None:
+    path, service = (unit(name) for name in REBOOT)
+    assert path["PathExists"] == [str(Paths().state_dir / "reboot-requested")]
+    assert service["ExecStart"][0].endswith(path["PathExists"][0]), "taken away before the machine goes down"
 
 
 def test_sockets_have_the_names_and_places_that_core_knows(unit: Read) -> None:
