@@ -302,6 +302,7 @@ class Attempt:
 
         What a safe point raised counts, also where the step made something else of it.
         """
+        self._keep_sound_notes()
         cause = self._raised or error
         if isinstance(cause, TryLaterError) and not isinstance(cause, HaltedError) and self._bench.is_stopping():
             raise StoppingError from error
@@ -311,6 +312,14 @@ class Attempt:
             return HaltedError("failed", Failure("failed", str(error), error.hint))
         _LOG.error("job %s: step %s failed", self._order.job_id, name, exc_info=error)
         return HaltedError("failed", Failure("failed", one_line(f"cannot do {name}: {type(error).__name__}: {error}")))
+
+    def _keep_sound_notes(self) -> None:
+        """A step that failed may have left anything in the notes; those that were written last can be written."""
+        try:
+            json.dumps(self._notes, allow_nan=False)
+        except (TypeError, ValueError):
+            self._notes.clear()
+            self._notes.update(self._now.notes)
 
     # -- the journal --------------------------------------------------------------------------------------------------
 

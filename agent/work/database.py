@@ -28,7 +28,7 @@ _SETTINGS = (
     "PRAGMA journal_size_limit = 1048576",
     "PRAGMA trusted_schema = OFF",
 )
-HINT = "check the disk, and the owner and mode of the file; set it aside to begin a new one"
+HINT = "check the disk, and the owner and mode of the file; 'edge-agent jobs reset' moves it aside and begins a new one"
 
 
 class Database:
@@ -137,7 +137,7 @@ class Database:
         if version > known:
             raise UnsupportedError(
                 f"cannot open the job journal: {self.path} is of version {version}, this agent knows up to {known}",
-                hint="run the agent that wrote it, or set the journal aside",
+                hint="run the agent that wrote it; 'edge-agent jobs reset' moves the journal aside",
             )
         if first is None and version < 1:
             raise sqlite3.DatabaseError("there is nothing in it")

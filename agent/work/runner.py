@@ -8,6 +8,7 @@ rescue lane by nothing that waits. ``wake`` is cheap and never raises for local 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Runner:
         self._lock = threading.Lock()
         self._seats: dict[Lane, _Seat] = {}
         self._parked: dict[int, _Seat] = {}
-        self._retry_at = 0.0
+        self._retry_at = -math.inf
         self._has_moved = False
         self._openings: dict[int, tuple[datetime, Opening]] = {}
         #: Why jobs do not run, where something local is wrong.

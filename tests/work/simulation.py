@@ -24,11 +24,11 @@ START = datetime(2026, 3, 28, 12, 0, tzinfo=timezone.utc)
 PHASES = ("downloading", "verifying", "installing", "trying", "activating", "probation")
 
 
-class Killed(BaseException):  # noqa: N818 - nothing may catch it, like the real one
+class Killed(BaseException):
     """SIGKILL, or the power is gone."""
 
 
-class Wronged(BaseException):  # noqa: N818 - a step's own exceptions are the job's affair; this is the test's
+class Wronged(BaseException):
     """The world was treated as it must not be."""
 
 
@@ -173,10 +173,11 @@ class Device:
         self.world = World(self.clock, self.step)
         self.fuse: int | None = None
         self.fuse_at_start: int | None = None
-        self.power = False
+        self.power = self.power_always = False
         self.flushed = 0
         self.starts = 0
         self.kills = 0
+        self.blown = 0
         self.seen: dict[str, JobStatus] = {}
         self.todo: list[tuple[str, Callable[[], None]]] = []
         self.start()
@@ -213,6 +214,7 @@ class Device:
         if self.fuse is not None:
             self.fuse -= 1
             if self.fuse < 0:
+                self.blown += 1
                 raise Killed(name)
 
     def survive(self, action: Callable[[], Any]) -> Any:
@@ -239,7 +241,7 @@ class Device:
         if self.power and (log := new / "journal.db-wal").exists():
             with log.open("r+b") as stream:
                 stream.truncate(min(self.flushed, log.stat().st_size))
-        self.power = False
+        self.power = self.power_always
         self.journal.close()
         shutil.rmtree(old)
         self.fuse = fuse
