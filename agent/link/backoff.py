@@ -16,9 +16,11 @@ BASE_S = 1.0
 CAP_S = 300.0
 #: A connection that held this long was a good one: the next pause is short again.
 STABLE_S = 60.0
-#: Two clients with one identity would throw each other out for ever: after this many in this time it is an alarm.
+#: Two clients with one identity throw each other out for ever. Brokers say so (0x8E); mosquitto before 2.1 just closes
+#: the connection, and then it takes one more to believe it. So often in so long a time is an alarm.
 TAKEOVERS = 3
-TAKEOVER_WINDOW_S = 600.0
+CLOSINGS = 4
+TAKEOVER_WINDOW_S = 900.0
 TAKEOVER_PAUSE_S = (300.0, 900.0)
 
 
@@ -31,6 +33,7 @@ class Backoff:
         self._cap_s = cap_s
         self._last_s = 0.0
         self._takeovers: list[float] = []
+        self._closings: list[float] = []
         #: Somebody else uses this device's identity.
         self.contested = False
 
@@ -47,13 +50,17 @@ class Backoff:
         self._last_s = min(cap_s, self._draw(least_s, max(least_s, 3 * self._last_s)))
         return self._last_s
 
-    def lost(self, held_s: float, now: float, *, takeover: bool) -> None:
-        """A connection ended after ``held_s`` seconds, ``takeover``: because another client has the same identity."""
+    def lost(self, held_s: float, now: float, *, takeover: bool = False, closed: bool = False) -> None:
+        """A connection ended after ``held_s`` seconds.
+
+        ``takeover``: the broker says that another client has the same identity; ``closed``: it says nothing and closes.
+        """
         if takeover:
-            self._takeovers = [moment for moment in self._takeovers if now - moment < TAKEOVER_WINDOW_S] + [now]
-            self.contested = self.contested or len(self._takeovers) >= TAKEOVERS
-        elif held_s >= TAKEOVER_WINDOW_S:
-            self.contested = False
+            self._takeovers = _recent(self._takeovers, now)
+        elif closed and held_s < STABLE_S:
+            self._closings = _recent(self._closings, now)
+        self.held(held_s)
+        self.contested = self.contested or len(self._takeovers) >= TAKEOVERS or len(self._closings) >= CLOSINGS
         if held_s >= STABLE_S:
             self.reset()
 
@@ -61,7 +68,12 @@ class Backoff:
         """A connection holds since ``held_s`` seconds: after long enough nobody contests it any more."""
         if held_s >= TAKEOVER_WINDOW_S:
             self.contested = False
+            self._takeovers, self._closings = [], []
 
     def reset(self) -> None:
         """The next attempt is a first one: new settings, or the last connection was a good one."""
         self._last_s = 0.0
+
+
+def _recent(moments: list[float], now: float) -> list[float]:
+    return [moment for moment in moments if now - moment < TAKEOVER_WINDOW_S] + [now]

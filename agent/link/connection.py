@@ -74,10 +74,11 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Why a connection ended; ``code`` is the broker's reason where it gave one."""
+    """Why a connection ended; ``code`` is the broker's reason where it gave one, ``closed``: it closed without."""
 
     reason: str
     code: int | None = None
+    closed: bool = False
 
     @property
     def takeover(self) -> bool:
@@ -353,6 +354,8 @@ class Connection:
     def _on_disconnect(self, _client: Any, _data: Any, flags: Any, code: ReasonCode, _properties: Any) -> None:
         if flags.is_disconnect_packet_from_server:
             self._say(End(f"the broker disconnects: {code}", code.value))
+        elif code == "Unspecified error":  # paho's word for a connection that is lost; its logger knows why
+            self._say(End(self._errors.text or "the broker closed the connection", closed=not self._errors.text))
         else:
             self._say(End(self._described(str(code))))
 

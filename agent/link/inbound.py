@@ -3,7 +3,8 @@
 Invariants: messages of one lane (jobs, the desired state, questions) reach core in the order in which they came;
 PUBACKs go out in the order in which the messages came, as MQTT 5 4.6 demands, unless one has been waiting for so long
 that the others would stop the connection (``OVERTAKE_S``); what has no verdict is never acknowledged: the broker keeps
-it. At most ``RECEIVE_MAXIMUM`` messages are here at a time, since the broker sends no more.
+it. What is here at a time is bounded. It should be ``RECEIVE_MAXIMUM`` messages by what was agreed with the broker; but
+mosquitto 2.0 sends as many again with each PUBACK, so there is room for more before the connection is ended for it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from agent.wire.topics import parse_topic
 _LOG = logging.getLogger("edge_agent.link")
 
 OVERTAKE_S = 5.0
+_MOST_MESSAGES = 16 * RECEIVE_MAXIMUM
+_MOST_BYTES = 64 * RECEIVE_MAXIMUM << 10
 _RETRY_S = (0.1, 10.0)
 #: Core answers this to what is larger than any message may be; nothing was lost by it.
 _TOO_LARGE = 413
@@ -40,10 +43,11 @@ class Inbound:
         self._done: set[Received] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._bytes = 0
 
     def take(self, message: Received) -> None:
         """A message has come. TryLaterError when the broker sends more than it may: the connection is to end."""
-        if max(len(self._unacked), len(self._tasks)) >= RECEIVE_MAXIMUM:
+        if max(len(self._unacked), len(self._tasks)) >= _MOST_MESSAGES or self._bytes > _MOST_BYTES:
             raise TryLaterError("cannot take a message: the broker sends more at a time than was agreed")
         if message.qos:
             self._unacked.append((message, self._loop.time()))
@@ -52,9 +56,10 @@ class Inbound:
             _LOG.warning("a message on a topic that is not ours is passed over: %s", one_line(message.topic[:200]))
             self._settle(message)
             return
+        self._bytes += len(message.payload)
         task = self._loop.create_task(self._deliver(message, topic.rest))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda done: self._ended(done, len(message.payload)))
 
     def stop(self) -> None:
         """The connection is over."""
@@ -62,6 +67,10 @@ class Inbound:
         self._stop_timer()
         for task in self._tasks:
             task.cancel()
+
+    def _ended(self, task: asyncio.Task[None], size: int) -> None:
+        self._tasks.discard(task)
+        self._bytes -= size
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -291,7 +291,8 @@ class Link:
             self._disconnected(str(error))
         else:
             end = connection.ended.result()
-            self._backoff.lost(self._loop.time() - began, self._loop.time(), takeover=end.takeover)
+            now = self._loop.time()
+            self._backoff.lost(now - began, now, takeover=end.takeover, closed=end.closed)
             self._disconnected(self._described(end))
         finally:
             inbound.stop()
@@ -352,7 +353,7 @@ class Link:
     def _described(self, end: End) -> str:
         if not self._backoff.contested:
             return end.reason
-        return f"{end.reason}; another client uses this device's identity"
+        return f"{end.reason}; does another client use this device's identity?"
 
     async def _goodbye(self, connection: Connection, settings: Settings) -> None:
         """Leave in order: "offline" is confirmed and the Will withdrawn, or the broker publishes the Will."""

@@ -197,7 +197,7 @@ class Operator:
         self._client.on_publish = self._on_publish
         self._client.connect("localhost", port, keepalive=10)
         self._client.loop_start()
-        assert self._listening.wait(PATIENCE_S) or not topics
+        assert not topics or self._listening.wait(PATIENCE_S), "the operator hears"
 
     def _on_connect(self, client: Client, *_: Any) -> None:
         if self._topics:

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.link.backoff import BASE_S, CAP_S, STABLE_S, TAKEOVER_PAUSE_S, TAKEOVER_WINDOW_S, TAKEOVERS, Backoff
+from agent.link.backoff import (
+    BASE_S,
+    CAP_S,
+    CLOSINGS,
+    STABLE_S,
+    TAKEOVER_PAUSE_S,
+    TAKEOVER_WINDOW_S,
+    TAKEOVERS,
+    Backoff,
+)
 
 
 def backoff(seed: int = 1) -> Backoff:
@@ -47,9 +56,9 @@ def test_only_a_connection_that_held_resets_the_pause() -> None:
     subject = backoff()
     for _ in range(12):
         subject.next_pause(5.0)
-    subject.lost(STABLE_S - 1, 0.0, takeover=False)
+    subject.lost(STABLE_S - 1, 0.0)
     assert max(subject.next_pause(5.0) for _ in range(20)) > 5.0
-    subject.lost(STABLE_S, 0.0, takeover=False)
+    subject.lost(STABLE_S, 0.0)
     assert subject.next_pause(5.0) <= 5.0
 
 
@@ -68,6 +77,18 @@ def test_a_fight_over_the_session_is_an_alarm_and_a_long_pause() -> None:
     assert not subject.contested
 
 
+def test_being_closed_again_and_again_soon_after_connecting_is_the_same_alarm() -> None:
+    """mosquitto 2.0 does not say why."""
+    subject = backoff()
+    for moment in range(CLOSINGS - 1):
+        subject.lost(2.0, moment * 60, closed=True)
+        subject.lost(STABLE_S, moment * 60 + 30, closed=True)  # of a connection that had held
+        subject.lost(2.0, moment * 60 + 40)  # cut by the network
+    assert not subject.contested
+    subject.lost(2.0, 200.0, closed=True)
+    assert subject.contested
+
+
 def test_a_takeover_now_and_then_is_none() -> None:
     subject = backoff()
     for moment in range(10):
@@ -83,7 +104,7 @@ def test_a_fleet_comes_back_no_faster_than_planned(outage_s: int) -> None:
     attempts: list[tuple[float, int]] = []
     fleet = [backoff(seed) for seed in range(devices)]
     for number, each in enumerate(fleet):
-        each.lost(3600.0, 0.0, takeover=False)
+        each.lost(3600.0, 0.0)
         heapq.heappush(attempts, (each.next_pause(splay_s), number))
     while attempts:
         moment, number = heapq.heappop(attempts)

@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,19 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "outbox.db"
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """In memory where that can be: what SQLite flushes tens of thousands of times takes minutes on a slow disk."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="ea-outbox-", dir=memory) as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def path(folder: Path) -> Path:
+    return folder / "outbox.db"
 
 
 @pytest.fixture
@@ -370,8 +382,8 @@ class Rules(RuleBasedStateMachine):
 
 
 @pytest.fixture(autouse=True)
-def _folder_of_the_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTEST_OUTBOX", str(tmp_path_factory.mktemp("outboxes")))
+def _folder_of_the_machine(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTEST_OUTBOX", str(folder))
 
 
 TestAgainstAModel = Rules.TestCase
