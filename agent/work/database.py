@@ -28,6 +28,7 @@ _SETTINGS = (
     "PRAGMA journal_size_limit = 1048576",
     "PRAGMA trusted_schema = OFF",
 )
+_SMALLEST_PAGE = 512
 HINT = "check the disk, and the owner and mode of the file; 'edge-agent jobs reset' moves it aside and begins a new one"
 
 
@@ -198,7 +199,7 @@ def _trouble(error: sqlite3.Error, what: str, path: Path) -> AgentError:
 
 
 def _require_own_file(path: Path) -> None:
-    """Refuse a file that is not safely ours. Raises OSError, DamagedError."""
+    """Refuse a file that is not safely ours, or empty: ours never is. Raises OSError, DamagedError."""
     status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode):
         reason = "it is no regular file"
@@ -206,6 +207,8 @@ def _require_own_file(path: Path) -> None:
         reason = f"it belongs to another user (uid {status.st_uid})"
     elif status.st_mode & 0o077:
         reason = f"other users may open it (mode {stat.S_IMODE(status.st_mode):04o})"
+    elif status.st_size < _SMALLEST_PAGE:
+        reason = "there is nothing in it"  # SQLite would begin a new database
     else:
         return
     raise DamagedError(f"cannot open the job journal: {reason}: {path}", hint=HINT)

@@ -349,9 +349,8 @@ def test_nobody_else_may_read_it(journal: Journal, folder: Path) -> None:
 def test_one_at_a_time(journal: Journal, folder: Path, clock: SimulatedClock) -> None:
     other = "import sys, pathlib; from agent.work.journal import Journal; from agent.base.clock import SystemClock\n"
     other += "Journal(pathlib.Path(sys.argv[1]), SystemClock()).open()"
-    found = subprocess.run(
-        [sys.executable, "-c", other, str(folder / "journal.db")], capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, "-c", other, str(folder / "journal.db")]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert "ConflictError: cannot open the job journal: database is locked" in found.stderr
     with pytest.raises(ConflictError):
         Journal(folder / "journal.db", clock).open()
@@ -423,7 +422,7 @@ def test_accepted_means_flushed(tmp_path: Path) -> None:
     traced = subprocess.run(
         ["strace", "-f", "-y", "-s", "16", "-e", "trace=fsync,fdatasync,pwrite64,write", "-o", str(tmp_path / "trace"),
          sys.executable, "-c", ACCEPT, str(tmp_path / "journal.db")],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     if "PTRACE" in traced.stderr or "ptrace" in traced.stderr:
         pytest.skip("tracing is not allowed here")
