@@ -163,6 +163,11 @@ class LinkConfig(_Section):
     ca_file: FilePath = ""
     cert_file: FilePath = ""
     key_file: FilePath = ""
+    #: Where and with what a device asks to be enrolled; "" and 0 mean the same as above.
+    claim_host: Annotated[str, StringConstraints(max_length=253, pattern=r"^[A-Za-z0-9.:_-]*$")] = ""
+    claim_port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    claim_cert_file: FilePath = ""
+    claim_key_file: FilePath = ""
     username: Annotated[str, StringConstraints(max_length=256)] = ""
     password_file: FilePath = ""
     keepalive_s: Annotated[int, Field(ge=5, le=3600)] = 60

@@ -107,6 +107,10 @@ def _print_fleet(result: Mapping[str, Any]) -> None:
     if fleet := result["fleet"]:
         name = f"{fleet['tenant']}/{fleet['device']}" if fleet["device"] else f"{fleet['tenant']}, not enrolled yet"
         print(f"fleet      {name}, enrolment {fleet['epoch']}, configuration {result['config_state']}")
+        if fleet["keyid"]:
+            keyid = fleet["keyid"]
+            words = " ".join(keyid[start : start + 4] for start in range(0, len(keyid), 4))
+            print(f"identity   {words}" + ("" if fleet["device"] else f" ({fleet['identity']})"))
         for lane, job in result["jobs"].items():
             print(f"job        {job['job_id']} ({job['op']}, {lane} lane) for {job['seconds']:.0f} s")
     if link := result["link"]:

@@ -126,16 +126,16 @@ def settings_state(allegiance: Allegiance | None, host: str) -> str:
     return "enrolled" if allegiance.device is not None else "claim"
 
 
-def describe(allegiance: Allegiance | None) -> dict[str, Any]:
-    """For ``status``."""
-    if allegiance is None:
-        return {"tenant": None, "device": None, "epoch": 0, "keys": []}
+def describe(allegiance: Allegiance | None, signer: Signer | None) -> dict[str, Any]:
+    """For ``status``: whom the device obeys, and who it is."""
     return {
-        "tenant": allegiance.tenant,
-        "device": allegiance.device,
-        "epoch": allegiance.epoch,
+        "tenant": allegiance.tenant if allegiance else None,
+        "device": allegiance.device if allegiance else None,
+        "epoch": allegiance.epoch if allegiance else 0,
         "keys": [
             {"name": key.name, "keyid": keyid, "classes": sorted(key.classes)}
-            for keyid, key in sorted(allegiance.keys.items())
+            for keyid, key in sorted((allegiance.keys if allegiance else {}).items())
         ],
+        "keyid": signer.keyid if signer else None,
+        "identity": identity_text(signer) if signer else None,
     }

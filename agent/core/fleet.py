@@ -19,28 +19,30 @@ from typing import Any
 
 from agent import __version__
 from agent.base.clock import SystemClock, iso
-from agent.base.config import Config, Paths
+from agent.base.config import Config, LinkConfig, Paths
 from agent.base.errors import AgentError, ConflictError, DamagedError, PeerError, TryLaterError
 from agent.core import diagnostics, health
 from agent.core.device import inventory_of
 from agent.core.enrolling import Enroller, describe, identity_text, settings_state
-from agent.core.inbox import DESIRED_MARK, Called, Inbox, require_address
+from agent.core.inbox import Called, Inbox
 from agent.core.link_api import LinkState
 from agent.core.logs import RECENT
 from agent.core.outgoing import Message, Outgoing
 from agent.core.presenting import fleet_facts, reported_models
 from agent.core.questions import Questions, lines_of, without_args
 from agent.core.telemetry import Telemetry, energy_record, heat_record, memory_record, models_record
+from agent.core.telling import job_row, job_state, last_lines, short_config, short_drift, without_story
+from agent.core.twin import Twin
 from agent.core.upkeep import Upkeep
 from agent.core.within import Within
 from agent.hardware.sensors import read_sensors
-from agent.operations.configure import RemoteConfig, drift
+from agent.operations.configure import RemoteConfig
 from agent.operations.jobs import Around, Jobs
 from agent.selection.inventory import inventory_document
 from agent.store.store import Store
+from agent.trust.allegiance import Allegiance
 from agent.trust.envelope import EnvelopeError, open_envelope, seal
 from agent.wire import messages as wire
-from agent.wire.messages import decode
 from agent.wire.ops import OPS
 from agent.work.jobs import JobStatus, Lane, Order
 from agent.work.journal import Journal
@@ -312,7 +314,7 @@ class Fleet:
 
     def jobs(self, limit: int = 100) -> list[dict[str, Any]]:
         """For ``jobs list`` and the rpc of that name."""
-        return [_job_row(status) for status in self.journal.jobs(limit=limit)] if self._open else []
+        return [job_row(status) for status in self.journal.jobs(limit=limit)] if self._open else []
 
     async def _take_inventory(self) -> None:
         """Probing a runtime starts a child that imports it: a second on a small board, and never on the loop."""
@@ -438,19 +440,14 @@ class Fleet:
     def link_settings(self) -> dict[str, Any]:
         """See ``link_api``."""
         config, allegiance = self.config.link, self.enroller.allegiance
+        state = settings_state(allegiance, config.host)
         settings: dict[str, Any] = {
-            "state": settings_state(allegiance, config.host),
+            "state": state,
             "tenant": allegiance.tenant if allegiance else "",
             "device": (allegiance.device or "") if allegiance else "",
             "epoch": allegiance.epoch if allegiance else 0,
             "keyid": self.enroller.signer.keyid if self.enroller.signer else "",
-            "broker": config.model_dump(
-                mode="json",
-                include={
-                    "host", "port", "tls", "ca_file", "cert_file", "key_file", "username", "password_file",
-                    "keepalive_s",
-                },
-            ),
+            "broker": _broker(config, claiming=state == "claim"),
             "outbox_mb": config.outbox_mb,
             "splay_s": config.splay_s,
             "certificate": self.enroller.certificate or None,
@@ -524,7 +521,7 @@ class Fleet:
             return None
         order = record.order
         asked = {"lane": order.lane, "priority": order.priority, "args": dict(order.args), "not_after": order.not_after}
-        return _job_row(record.status) | asked | {"accepted_at": record.accepted_at}
+        return job_row(record.status) | asked | {"accepted_at": record.accepted_at}
 
     def _require_open(self) -> None:
         if not self._open:
@@ -561,7 +558,7 @@ class Fleet:
     def status(self) -> dict[str, Any]:
         """For ``status``."""
         return {
-            "fleet": describe(self.enroller.allegiance),
+            "fleet": describe(self.enroller.allegiance, self.enroller.signer),
             "boot_nonce": self.boot_nonce,
             "link": self.link.shown() if self.link_settings()["state"] != "off" else None,
             "config_state": self.remote.entry.state,
@@ -572,40 +569,18 @@ class Fleet:
         }
 
 
-def _job_state(status: JobStatus, address: Mapping[str, Any]) -> wire.JobState:
-    error = status.error
-    return wire.JobState(
-        tenant=address["tenant"],
-        device=address["device"],
-        epoch=status.epoch,
-        job_id=status.job_id,
-        seq=status.seq,
-        op=status.op,
-        rev=status.rev,
-        state=status.state,
-        phase=status.phase,
-        step=status.step,
-        attempt=status.attempt,
-        at=status.at,
-        clock_trusted=status.clock_trusted,
-        result=None if status.result is None else dict(status.result),
-        error=None if error is None else wire.Failure(code=error.code, text=error.text, hint=error.hint),
-    )
-
-
-def _job_row(status: JobStatus) -> dict[str, Any]:
-    error = status.error
+def _broker(config: LinkConfig, *, claiming: bool) -> dict[str, Any]:
+    """Where and as whom to connect; a device that is not enrolled has a door and a certificate of its own for that."""
     return {
-        "job_id": status.job_id,
-        "op": status.op,
-        "state": status.state,
-        "phase": status.phase,
-        "step": status.step,
-        "rev": status.rev,
-        "attempt": status.attempt,
-        "at": status.at,
-        "result": None if status.result is None else dict(status.result),
-        "error": None if error is None else {"code": error.code, "text": error.text, "hint": error.hint},
+        "host": (claiming and config.claim_host) or config.host,
+        "port": (claiming and config.claim_port) or config.port,
+        "tls": config.tls,
+        "ca_file": config.ca_file,
+        "cert_file": config.claim_cert_file if claiming else config.cert_file,
+        "key_file": config.claim_key_file if claiming else config.key_file,
+        "username": config.username,
+        "password_file": config.password_file,
+        "keepalive_s": config.keepalive_s,
     }
 
 

@@ -161,8 +161,10 @@ def _write_image(folder: Folder, plan: Plan, enroller: PublicKey, broker_ca: byt
         *_door(plan.devices),
         f"tls = {str(plan.tls).lower()}",
         f'ca_file = "{ETC}/link/server-ca.pem"',
-        f'cert_file = "{ETC}/link/claim.pem"',
-        f'key_file = "{ETC}/link/claim.key"',
+        f"claim_host = {_quoted(plan.claims.host)}",
+        f"claim_port = {plan.claims.port}",
+        f'claim_cert_file = "{ETC}/link/claim.pem"',
+        f'claim_key_file = "{ETC}/link/claim.key"',
     ]
     write_new(folder.image / "config.toml", ("\n".join(snippet) + "\n").encode(), mode=0o644)
 
