@@ -111,6 +111,8 @@ class _Watcher:
     def _note_connection(self, desk: Desk) -> None:
         if desk.broker.connected != self._connected:
             self._connected = desk.broker.connected
+            if self._connected:
+                desk.sync_again()
             self._tell([Event("connection", "", {"connected": self._connected, "broker": desk.broker.where})])
 
     # -- lines --------------------------------------------------------------------------------------------------------

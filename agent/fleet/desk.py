@@ -48,6 +48,7 @@ class Desk:
         self._hearing = Hearing(books, settings.tenant)
         self._rung: dict[str, tuple[int, int]] = {}
         self._filters: set[str] = set()
+        self._heard: set[str] = set()
         self._stack = contextlib.ExitStack()
         self._broker: Broker | None = None
 
@@ -105,6 +106,7 @@ class Desk:
             filters.append(f"{ROOT}/{tenant}/+/up/tel/+")
         if filters:
             self._filters.update(filters)
+            self._heard.clear()
             # QoS 0: the broker would keep these for an operator who is away, in place of job states.
             self.broker.subscribe(dict.fromkeys(filters, 0))
 
@@ -121,11 +123,15 @@ class Desk:
                 if event is not None:
                     events.append(event)
         self.broker.acknowledge(messages)
+        self._heard.update(message.topic for message in messages if message.payload)
         self.ring(sorted({event.device for event in events if event.kind in ("job", "info")}))
         return events
 
     def sync(self) -> list[Event]:
-        """Take in all that is retained, or was kept for us: until nothing has come for a moment."""
+        """Take in all that is retained, or was kept for us: until nothing has come for a moment.
+
+        Alerts and announcements that are not among it were taken back while nobody listened.
+        """
         events: list[Event] = []
         deadline = self._clock.monotonic() + _MOST_SYNC_S
         quiet_from = self._clock.monotonic()
@@ -134,7 +140,39 @@ class Desk:
             events += self.pump(_QUIET_S)
             if self.broker.taken != before:
                 quiet_from = self._clock.monotonic()
+        self._take_back()
         return events
+
+    def sync_again(self) -> list[Event]:
+        """The same after a lost connection: what is retained has come anew with the next one."""
+        self._heard.clear()
+        return self.sync()
+
+    def _take_back(self) -> None:
+        """Forget what was retained once and is no more."""
+        base = f"{ROOT}/{self._settings.tenant}"
+        words, now = self._books.words, iso(self._clock.now())
+        alerts = [
+            (device, alert)
+            for device, alert, _ in words.alerts()
+            if self._listens_to(f"{base}/{device}/up/alert/+", f"{base}/+/up/alert/+")
+            and f"{base}/{device}/up/alert/{alert}" not in self._heard
+        ]
+        claims = [
+            each.keyid
+            for each in words.announced()
+            if self._listens_to(f"{base}/claim/+/up/announce")
+            and f"{base}/claim/{each.keyid}/up/announce" not in self._heard
+        ]
+        if alerts or claims:
+            with self._books.database.transaction():
+                for device, alert in alerts:
+                    words.set_alert(device, alert, now, None)
+                for keyid in claims:
+                    words.withdraw_announcement(keyid)
+
+    def _listens_to(self, *filters: str) -> bool:
+        return any(each in self._filters for each in filters)
 
     # -- saying -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,108 @@
+"""An operator watches: what changes is shown, and queues flow meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import threading
+from typing import Any
+
+from tests.fleet.conftest import Fleet
+from tests.fleet.device import WELL
+from tests.fleet.waiting import until
+
+
+class Watching:
+    """``edge-fleet watch --json`` in a process of its own."""
+
+    def __init__(self, fleet: Fleet, *arguments: str) -> None:
+        self._process = fleet.start("watch", *arguments, stdout=subprocess.PIPE)
+        self.lines: list[str] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in map(json.loads, list(self.lines)) if event["event"] == kind]
+
+    def stop(self) -> int:
+        self._process.send_signal(2)
+        status = self._process.wait(20)
+        self._thread.join(10)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        return status
+
+
+def test_watching_streams_events_and_lets_queues_flow(fleet: Fleet) -> None:
+    device = fleet.online("cam-1")
+    other = fleet.enrolled("cam-2")
+    watching = Watching(fleet, "--json")
+    until(lambda: watching.events("device"), "it says how things are")
+    jobs = [fleet.ok("job", "store.gc", "--all")["job"] for _ in range(3)]
+    until(lambda: [e["job_id"] for e in watching.events("job") if e["state"] == "succeeded"] == jobs, "the queue flows")
+    fleet.connect(other)  # comes late, and gets all three
+    until(lambda: len(other.done) == 3, "the other's queue flows, too")
+    device.alert("heat", "throttled")
+    until(lambda: any(e["id"] == "heat" for e in watching.events("alert")), "an alert is shown")
+    device.alert("heat", None)
+    until(lambda: any(e.get("over") for e in watching.events("alert")), "and its end")
+    fleet.broker.stop()
+    until(lambda: any(not e["connected"] for e in watching.events("connection")), "a lost connection is told")
+    fleet.broker.start()
+    until(lambda: any(e["connected"] for e in watching.events("connection")), "and that it is back")
+    until(device.connection.client.is_connected, "the device is back")
+    device.say_reported("warm")
+    until(lambda: any(e["health"] == "warm" for e in watching.events("reported")), "and goes on")
+    assert watching.stop() == 130
+    assert fleet.ok("job", "list", "--unfinished", "--offline")["jobs"] == []
+
+
+def test_watching_without_json_prints_lines_and_ends_in_time(fleet: Fleet) -> None:
+    fleet.online("cam-1").alert("disk", "full\x07")
+    done = fleet.run("watch", "--for", "1s")
+    assert done.status == 0
+    assert "cam-1  is online, healthy, Raspberry Pi 4 Model B" in done.out and "alert disk: full\\x07" in done.out
+
+
+def test_the_table_on_a_terminal(fleet: Fleet) -> None:
+    """A real pseudo-terminal: alerts, jobs and devices are drawn, and the screen is given back."""
+    device = fleet.online("cam-1")
+    fleet.enrolled("cam-2")
+    device.plays = lambda job: WELL[:2]
+    device.alert("heat", "throttled")
+    fleet.ok("job", "bench.run", "model=digits", "--device", "cam-1")
+    until(lambda: device.done, "the device has the job")
+    master, slave = pty.openpty()
+    environment = {"COLUMNS": "120", "LINES": "30", "TERM": "xterm"}
+    running = fleet.start("watch", "--for", "3s", stdin=slave, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            part = os.read(master, 65536)
+        except OSError:  # the other end is closed
+            break
+        shown += part
+    os.close(master)
+    assert running.wait(20) == 0
+    text = shown.decode()
+    for part in ("acme: 1 of 2 devices online", "ALERTS", "throttled", "JOBS UNDER WAY", "bench.run", "cam-2"):
+        assert part in text, text
+    assert text.index("\x1b[?1049h") < text.index("acme:") < text.rindex("\x1b[?1049l") < text.rindex("\x1b[?25h")
+
+
+def test_commands_beside_each_other_leave_the_right_document_behind(fleet: Fleet) -> None:
+    """Eight processes give jobs at once; the device gets all of them once, in the order of their numbers."""
+    device = fleet.online("cam-1")
+    running = [fleet.start("job", "store.gc", "-d", "cam-1", stdout=subprocess.DEVNULL) for _ in range(8)]
+    assert [process.wait(60) for process in running] == [0] * 8
+    fleet.ok("job", "ping", "--device", "cam-1", "--wait", "--timeout", "30s")
+    assert [job.seq for job in device.done] == list(range(1, 10))
+    assert len({job.job_id for job in device.done}) == 9
