@@ -176,6 +176,7 @@ class Core:
             unload_all=self._unload_all,
             restart=self.stop,
             reboot=self._request_reboot,
+            stay=self._withdraw_reboot,
         )
         self._fleet = Fleet(self._paths, self._store, self._upkeep, within)
         return self._fleet
@@ -354,7 +355,15 @@ class Core:
 
     def _request_reboot(self) -> None:
         """Core may not reboot anything: a unit of root's looks for this file (edge-agent-reboot.path)."""
-        write_atomically(self._paths.state_dir / "reboot-requested", b"")
+        write_atomically(self._reboot_request, b"")
+
+    def _withdraw_reboot(self) -> None:
+        """Where nobody has followed it: or whoever comes to look for it later would reboot a device in use."""
+        self._reboot_request.unlink(missing_ok=True)
+
+    @property
+    def _reboot_request(self) -> Path:
+        return self._paths.state_dir / "reboot-requested"
 
     # -- telling ------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import base64
 import binascii
 import logging
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,14 @@ class Enroller:
         self.problem = self.certificate = ""
         try:
             self._base = self.allegiance = load(self._file)
+            if self._base is not None:
+                self.signer = Signer(self._identity())
         except AgentError as error:
             self._base = self.allegiance = None
             self.problem = str(error)
             _LOG.error("no fleet: %s", error)
         if self._base is None:
             return
-        self.signer = Signer(self._identity())
         if self._base.device is None and (kept := self._store.document.fleet.enrolment):
             try:
                 document = self._verified(base64.b64decode(kept))
@@ -56,18 +58,24 @@ class Enroller:
             except AgentError as error:  # enrolled under another key: the file was replaced, the device waits anew
                 _LOG.warning("the enrolment no longer holds: %s", error)
 
-    def accept(self, data: bytes) -> Enrolment:
-        """Be enrolled by an envelope: durable when this returns. EnvelopeError, PeerError."""
+    def accept(self, data: bytes, require_later: Callable[[str, str, int], None]) -> Enrolment:
+        """Be enrolled by an envelope: durable when this returns. EnvelopeError, PeerError.
+
+        ``require_later`` raises for a tenant, device and number for which the counters of jobs cannot be begun anew.
+        """
         if self._base is None or self._base.device is not None:
             raise EnvelopeError("wrong_topic", "this device's trust.toml does not wait for an enrolment")
         document = self._verified(data)
+        text = base64.b64encode(data).decode()
+        if text == self._store.document.fleet.enrolment and self.allegiance is not self._base:
+            return document
         known = self.allegiance.epoch if self.allegiance is not None else 0
-        if document.epoch < known:
+        if document.epoch <= known:
             raise EnvelopeError(
                 "old_epoch", f"it is enrolment {document.epoch}, the device has been enrolled as {known}"
             )
+        require_later(document.tenant, document.device, document.epoch)
         allegiance = self._enrolled(document)
-        text = base64.b64encode(data).decode()
 
         def change(catalog: CatalogDocument) -> CatalogDocument:
             return catalog.model_copy(update={"fleet": catalog.fleet.model_copy(update={"enrolment": text})})

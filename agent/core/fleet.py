@@ -20,7 +20,7 @@ from typing import Any
 from agent import __version__
 from agent.base.clock import SystemClock, iso
 from agent.base.config import Config, LinkConfig, Paths
-from agent.base.errors import AgentError, ConflictError, DamagedError, PeerError, TryLaterError
+from agent.base.errors import AgentError, ConflictError, DamagedError, PeerError, TryLaterError, one_line
 from agent.core import diagnostics, health
 from agent.core.device import inventory_of
 from agent.core.enrolling import Enroller, describe, identity_text, settings_state
@@ -40,20 +40,26 @@ from agent.operations.configure import RemoteConfig
 from agent.operations.jobs import Around, Jobs
 from agent.selection.inventory import inventory_document
 from agent.store.store import Store
-from agent.trust.allegiance import Allegiance
 from agent.trust.envelope import EnvelopeError, open_envelope, seal
 from agent.wire import messages as wire
 from agent.wire.ops import OPS
-from agent.work.jobs import JobStatus, Lane, Order
+from agent.work.database import HINT
+from agent.work.jobs import JobStatus, Lane, Order, Refusal
 from agent.work.journal import Journal
 from agent.work.mending import set_aside
 from agent.work.runner import Runner
 
 _LOG = logging.getLogger("edge_agent.fleet")
 _FLOOR = "clock-floor"
+#: Whose jobs the journal holds: tenant and device.
+_OWNER = "owner"
 _MOST_MODELS = 150
 _MOST_SAID = 200
 _REPORT_S = 1.0
+#: Refusals cost whoever causes them nothing: they are told less often.
+_REFUSED_S = 5.0
+#: After the journal could not be read or written to.
+_RETRY_S = 15.0
 
 
 class Fleet:
@@ -71,18 +77,22 @@ class Fleet:
         self._upkeep = upkeep
         self.journal = Journal(paths.journal, SystemClock(), clock_trusted=self.clock.trusted)
         self.remote = RemoteConfig(store, within.file_config, self._hold, self._link_is_back)
-        self.problem = ""
+        self._twin = Twin(
+            self.journal, self.remote, self._operations.submit, self._later, self._opened, self._operations.go_on
+        )
+        #: Why there are no jobs, and what mends it.
+        self.problem = self._mend = ""
         self._outgoing = Outgoing(self.boot_nonce, self._was_confirmed)
         self._rescue = ThreadPoolExecutor(1, thread_name_prefix="rescue")
         self._csr = ""
         self.certificate_ends: str | None = None
         self._said: dict[str, tuple[str, int]] = {}
         self._tasks: list[asyncio.Task[Any]] = []
+        self._jobs: asyncio.Task[None] | None = None
         self._news = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._report_due = False
+        self._report_due: asyncio.TimerHandle | None = None
         self._reported_version = 0
-        self._desired_under_way = False
         self._inventory: dict[str, Any] = {}
         self._open = False
 
@@ -97,21 +107,45 @@ class Fleet:
         if self.enroller.allegiance is not None:
             self._tasks.append(asyncio.ensure_future(self._take_inventory()))
         self._telemetry.start()
-        self.changed()
-        if self._open and self.remote.entry.state == "confirming":
-            self._reconcile()
+        self._finish_probation()
+        self._begin()
 
     def _open_journal(self) -> None:
         try:
             self.journal.open()
-            self._open, self.problem = True, ""
             self._floor()
             self._begin_epoch()
         except AgentError as error:
-            self._open, self.problem = False, str(error)
-            _LOG.error("no jobs: %s%s", error, f" ({error.hint})" if error.hint else "")
+            self._close_journal(error)
+        else:
+            self._open, self.problem = True, ""
+
+    def _close_journal(self, error: AgentError) -> None:
+        self._open, self.problem, self._mend = False, str(error), error.hint
+        self.journal.close()
+        _LOG.error("no jobs: %s%s", error, f" ({error.hint})" if error.hint else "")
+
+    def _begin(self) -> None:
+        """What the journal holds goes on."""
+        if self._open:
+            if self._jobs is None:
+                self._jobs = asyncio.ensure_future(self._run_jobs())
+            self._twin.reconcile()
+        self.changed()
+
+    def _finish_probation(self) -> None:
+        """A configuration that was on probation stays so, also when the job that brought it is lost."""
+        mark = self.remote.entry.mark
+        if self.remote.entry.state != "confirming":
             return
-        self._tasks.append(asyncio.ensure_future(self._run_jobs()))
+
+        def work() -> None:
+            try:
+                self.remote.confirm(mark, self._operations.go_on)
+            except AgentError as error:
+                _LOG.warning("%s", error)
+
+        self._operations.submit("confirm the configuration", work)
 
     def reset_journal(self) -> dict[str, Any]:
         """Move a journal that cannot be opened aside and begin a new one. ConflictError for one that works."""
@@ -121,7 +155,7 @@ class Fleet:
         stamp = self.clock.clock.now().strftime("%Y%m%dT%H%M%SZ")
         moved = set_aside(self._journal_path, allegiance.epoch if allegiance else 0, stamp)
         self._open_journal()
-        self.changed()
+        self._begin()
         return {"moved_to": str(moved.path) if moved.path else None, "counters_kept": moved.counters_kept}
 
     def _build(self) -> None:
@@ -132,12 +166,13 @@ class Fleet:
             maintenance=within.maintenance,
             configuring=self.remote,
             unload_all=lambda: self._operations.on_loop(within.unload_all),
-            tail=RECENT.tail,
+            tail=_tail,
             collect=self._collect,
             run_tasks=self._upkeep.plan.run,
             task_names=self._upkeep.plan.names,
             restart=lambda: self._on_loop(within.restart),
             reboot=within.reboot,
+            stay=within.stay,
         )
         handlers = Jobs(around).handlers()
         self.runner = Runner(
@@ -160,7 +195,7 @@ class Fleet:
                 "ping": without_args(lambda: {"pong": True}),
                 "status": without_args(within.status),
                 "jobs.list": without_args(lambda: {"jobs": self.jobs(20)}),
-                "logs.tail": lambda args: {"lines": RECENT.tail(lines_of(args, 500))},
+                "logs.tail": lambda args: {"lines": _tail(lines_of(args, 500))},
             },
             slow={"diagnostics.collect": without_args(self._collect)},
             seal=self._seal,
@@ -168,8 +203,9 @@ class Fleet:
         )
         called = Called(
             jobs_changed=self.changed,
-            desired_changed=self._reconcile,
+            desired_changed=self._desired_changed,
             asked=questions.asked,
+            refused=lambda: self._report_within(_REFUSED_S),
             check_args=check_args,
         )
         self._inbox = Inbox(lambda: self.enroller.allegiance, self.journal, self.clock, self.boot_nonce, called)
@@ -200,8 +236,9 @@ class Fleet:
             return
         self.runner.stop()
         self._telemetry.stop()
-        for task in self._tasks:
-            task.cancel()
+        for task in (*self._tasks, self._jobs):
+            if task is not None:
+                task.cancel()
 
     def close(self) -> None:
         """After the operations have ended."""
@@ -220,16 +257,39 @@ class Fleet:
         """The configuration file or ``trust.toml`` may have changed."""
         before = self.enroller.allegiance
         self.enroller.read()
-        if self.enroller.allegiance != before:
+        if not self._open:
+            self._open_journal()
+        elif self.enroller.allegiance != before:
+            self._change_allegiance()
+        self._telemetry.wake()
+        self._begin()
+
+    def _change_allegiance(self) -> None:
+        """What was to be said was for another."""
+        for topic in list(self._said):
+            self._outgoing.drop(topic)
+        self._said.clear()
+        try:
             self._begin_epoch()
-        self.changed()
+        except AgentError as error:
+            self._close_journal(error)
 
     def _hold(self, config: Config) -> None:
         def do() -> None:
             self._within.hold(config)
+            self._telemetry.wake()
             self.changed()
 
         self._on_loop(do)
+
+    def _later(self, seconds: float, work: Callable[[], None]) -> None:
+        """Call ``work`` on the loop's thread after so many seconds; 0 from any thread."""
+        if self._loop is None or self._loop.is_closed():
+            return
+        if seconds:
+            self._loop.call_later(seconds, work)
+        else:
+            self._loop.call_soon_threadsafe(work)
 
     def _on_loop(self, work: Callable[[], None]) -> None:
         if self._loop is None:
@@ -240,15 +300,31 @@ class Fleet:
         """The latest moment that is known to be past, kept over starts: a clock below it is wrong."""
         kept = self.journal.facts.get(_FLOOR)
         if kept is not None:
-            self.clock.floor = max(self.clock.floor, datetime.fromisoformat(kept))
+            try:
+                self.clock.floor = max(self.clock.floor, datetime.fromisoformat(kept))
+            except (ValueError, TypeError) as error:
+                raise DamagedError(f"cannot read the job journal: '{kept}' is no moment", hint=HINT) from error
         now = self.clock.clock.now()
         if self.clock.trusted() and (kept is None or now > self.clock.floor):
             self.journal.facts.put(_FLOOR, now.isoformat())
 
     def _begin_epoch(self) -> None:
         allegiance = self.enroller.allegiance
-        if self._open and allegiance is not None and allegiance.device is not None:
-            self.journal.begin_epoch(allegiance.epoch)
+        if allegiance is None or allegiance.device is None:
+            return
+        self._require_later(allegiance.tenant, allegiance.device, allegiance.epoch)
+        self.journal.facts.put(_OWNER, _owner(allegiance.tenant, allegiance.device))
+        self.journal.begin_epoch(allegiance.epoch)
+
+    def _require_later(self, tenant: str, device: str, epoch: int) -> None:
+        """The journal's counters and jobs are of one device of one tenant: for another the number must rise."""
+        owner, known = self.journal.facts.get(_OWNER), self.journal.last()[0]
+        if epoch < known or (epoch == known and owner not in (None, _owner(tenant, device))):
+            raise Refusal(
+                "old_epoch",
+                f"cannot be {_owner(tenant, device)}, enrolment {epoch}: the job journal is of {owner}, up to {known}",
+                hint=f"enrol the device with a number above {known} ('epoch' in trust.toml)",
+            )
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -262,15 +338,9 @@ class Fleet:
             raise TryLaterError(f"cannot start {name}: the agent is stopping") from error
 
     def _verify(self, order: Order) -> None:
-        """Before a job runs: the journal may have been written to by whoever had the disk."""
-        allegiance = self.enroller.allegiance
-        if allegiance is None or allegiance.device is None:
-            raise EnvelopeError("not_enrolled", "this device has no fleet")
-        opened = open_envelope(order.envelope, wire.JobDocument.KIND, allegiance.public_keys)
-        document = decode(opened.payload, wire.JobDocument)
-        require_address(document.tenant, document.device, document.epoch, allegiance)
-        job = document.job
-        if job is None or (job.job_id, job.seq, job.op, job.args) != (order.job_id, order.seq, order.op, order.args):
+        """Before a job runs: the journal may have been written to by whoever had the disk, a key may count no more."""
+        signed = self._inbox.order(order.envelope)
+        if signed is None or signed.digest() != order.digest():
             raise EnvelopeError("bad_signature", "the stored job is not the one that was signed")
 
     async def _run_jobs(self) -> None:
@@ -278,7 +348,11 @@ class Fleet:
         while True:
             self._news.clear()
             wait = await asyncio.get_running_loop().run_in_executor(None, self.runner.wake)
-            self._publish()
+            try:
+                self._publish()
+            except AgentError as error:
+                _LOG.error("states of jobs must wait: %s", error)
+                wait = _RETRY_S
             try:
                 await asyncio.wait_for(self._news.wait(), wait)
             except asyncio.TimeoutError:  # on Python 3.10 a class of its own
@@ -292,9 +366,15 @@ class Fleet:
     def changed(self) -> None:
         """Something that the fleet is told of changed; on the event loop's thread."""
         self._news.set()
-        if not self._report_due and self._loop is not None:
-            self._report_due = True
-            self._loop.call_later(_REPORT_S, self._report)
+        self._report_within(_REPORT_S)
+
+    def _report_within(self, seconds: float) -> None:
+        loop = self._loop
+        if loop is None or (self._report_due is not None and self._report_due.when() <= loop.time() + seconds):
+            return
+        if self._report_due is not None:
+            self._report_due.cancel()
+        self._report_due = loop.call_later(seconds, self._report)
 
     def _publish(self) -> None:
         """Hand every state that the fleet has not confirmed to link, the oldest jobs first."""
@@ -304,13 +384,24 @@ class Fleet:
             topic = f"up/job/{status.job_id}"
             if self._said.get(topic, ("", 0))[1] < status.rev:
                 self._said[topic] = (status.job_id, status.rev)
-                self._outgoing.say(topic, self._seal(_job_state(status, self._address())), confirm=True)
+                self._outgoing.say(topic, self._sealed_state(status), confirm=True)
+
+    def _sealed_state(self, status: JobStatus) -> bytes:
+        try:
+            return self._seal(job_state(status, self._address()))
+        except ValueError as error:  # pydantic's errors are ValueErrors
+            _LOG.error("job %s cannot be told in full: %s", status.job_id, one_line(str(error)))
+            return self._seal(job_state(without_story(status), self._address()))
 
     def _was_confirmed(self, message: Message) -> None:
         job_id, rev = self._said.pop(message.topic, ("", 0))
-        if job_id and self._open:
+        if not job_id or not self._open:
+            return
+        try:
             self.journal.published(job_id, rev)
-            self._news.set()
+        except AgentError as error:  # it is said again, and confirmed again
+            _LOG.error("it is not noted that job %s was told: %s", job_id, error)
+        self._news.set()
 
     def jobs(self, limit: int = 100) -> list[dict[str, Any]]:
         """For ``jobs list`` and the rpc of that name."""
@@ -324,35 +415,9 @@ class Fleet:
 
     # -- twin ---------------------------------------------------------------------------------------------------------
 
-    def _reconcile(self) -> None:
-        """Bring what is desired into force, on the operations' thread."""
-        if not self._desired_under_way:
-            self._desired_under_way = True
-            try:
-                self._operations.submit("apply what is desired", self._apply_desired)
-            except AgentError as error:
-                self._desired_under_way = False
-                _LOG.warning("what is desired was not applied: %s", error)
-
-    def _apply_desired(self) -> None:
-        try:
-            version, envelope = self.journal.desired()
-            if not version:
-                return
-            mark = DESIRED_MARK.format(self.journal.last()[0], version)
-            document = decode(self._opened(envelope, wire.Desired.KIND), wire.Desired)
-            if self.remote.entry.mark != mark:
-                self.remote.apply(document.config, mark)
-            if self.remote.entry.state == "confirming":
-                self.remote.confirm(mark, self._operations.go_on)
-        except PeerError as error:
-            self.remote.refuse(mark)
-            _LOG.error("what is desired cannot be: %s", error)
-        except AgentError as error:
-            _LOG.warning("what is desired is not in force: %s", error)
-        finally:
-            self._desired_under_way = False
-            self._wake()
+    def _desired_changed(self) -> None:
+        self._twin.reconcile()
+        self.changed()
 
     def _opened(self, envelope: bytes, kind: str) -> bytes:
         allegiance = self.enroller.allegiance
@@ -364,12 +429,15 @@ class Fleet:
         return self.link.connected(self.link_settings()["version"])
 
     def _report(self) -> None:
-        self._report_due = False
+        self._report_due = None
         allegiance = self.enroller.allegiance
         if allegiance is None or allegiance.device is None or self.enroller.signer is None:
             return
-        self._outgoing.say("up/info", self._seal(self._info()), retain=True)
-        self._outgoing.say("up/reported", self._seal(self._reported()), retain=True)
+        for topic, make in (("up/info", self._info), ("up/reported", self._reported)):
+            try:
+                self._outgoing.say(topic, self._seal(make()), retain=True)
+            except (AgentError, ValueError) as error:  # pydantic's errors are ValueErrors
+                _LOG.error("%s cannot be told: %s", topic, one_line(str(error)))
 
     def _info(self) -> wire.Info:
         _, generation, seq = self.journal.last() if self._open else (0, 0, 0)
@@ -399,8 +467,8 @@ class Fleet:
             at=iso(self.clock.clock.now()),
             desired_version=self.journal.desired()[0] if self._open else 0,
             config_state=entry.state,
-            config=entry.config,
-            drift=self.drift(config),
+            config=short_config(entry.config),
+            drift=short_drift(self.drift(config)),
             health=health.verdict(self._within.findings()),
             models=models[:_MOST_MODELS],
             models_left_out=max(0, len(models) - _MOST_MODELS),
@@ -411,16 +479,7 @@ class Fleet:
 
     def drift(self, config: Config | None = None) -> list[dict[str, Any]]:
         """Where what holds is not what is desired."""
-        if not self._open:
-            return []
-        version, envelope = self.journal.desired()
-        if not version:
-            return []
-        try:
-            wanted = decode(self._opened(envelope, wire.Desired.KIND), wire.Desired)
-        except AgentError:
-            return []
-        return drift(wanted.config, config or self.config)
+        return self._twin.drift(config or self.config) if self._open else []
 
     def _facts(self) -> dict[str, Any]:
         device = self._within.device
@@ -457,7 +516,7 @@ class Fleet:
 
     def received(self, topic: str, data: bytes) -> dict[str, str]:
         """See ``link_api``."""
-        if not self._open:
+        if not self._open and not topic.startswith("dn/rpc/"):  # questions need no journal
             raise DamagedError(f"cannot take what the fleet says: {self.problem}")
         return self._inbox.receive(topic, data).document()
 
@@ -497,18 +556,21 @@ class Fleet:
     def enrolled(self, data: bytes) -> dict[str, str]:
         """See ``link_api``."""
         try:
-            document = self.enroller.accept(data)
-        except EnvelopeError as error:
+            document = self.enroller.accept(data, self._require_later if self._open else lambda *_: None)
+        except (EnvelopeError, Refusal) as error:
             _LOG.warning("not enrolled: %s (%s)", error, error.code)
             return {"verdict": "refused", "reason": error.code, "certificate": ""}
         except PeerError as error:
             _LOG.warning("not enrolled: %s", error)
             return {"verdict": "refused", "reason": "bad_message", "certificate": ""}
         self._outgoing.drop("up/announce")
-        self._begin_epoch()
+        if self._open:
+            self._change_allegiance()
+        if not self._tasks:
+            self._tasks.append(asyncio.ensure_future(self._take_inventory()))
         _LOG.info("enrolled as %s of %s, enrolment %d", document.device, document.tenant, document.epoch)
         self._outgoing.wake()
-        self.changed()
+        self._begin()
         return {"verdict": "accepted", "reason": "", "certificate": document.certificate}
 
     # -- telling -------------------------------------------------------------------------------------------------------
@@ -546,7 +608,7 @@ class Fleet:
         if self.enroller.problem:
             found.append(health.Finding("trust", "error", self.enroller.problem, "correct trust.toml, then reload"))
         if self.problem:
-            found.append(health.Finding("journal", "error", self.problem, "edge-agent jobs reset moves it aside"))
+            found.append(health.Finding("journal", "error", self.problem, self._mend))
         elif self.runner.problem:
             found.append(health.Finding("jobs", "warning", self.runner.problem))
         state = settings_state(self.enroller.allegiance, self.config.link.host)
@@ -586,3 +648,11 @@ def _broker(config: LinkConfig, *, claiming: bool) -> dict[str, Any]:
 
 def _lanes(runner: Runner) -> dict[str, Any]:
     return {str(lane): shown for lane, shown in runner.under_way().items()}
+
+
+def _owner(tenant: str, device: str) -> str:
+    return f"{tenant}/{device}"
+
+
+def _tail(lines: int) -> list[str]:
+    return last_lines(RECENT.tail(lines))

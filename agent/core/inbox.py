@@ -7,6 +7,7 @@ given. A job whose signers had the right but which cannot run is journaled as re
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from datetime import datetime, timezone
 from typing import Any, Literal, TypeVar
 
 from agent.base.clock import TrustedClock
-from agent.base.errors import PeerError
+from agent.base.errors import AgentError, PeerError
 from agent.trust.allegiance import Allegiance
 from agent.trust.envelope import EnvelopeError, open_envelope
 from agent.wire.messages import Desired, Job, JobDocument, RpcRequest, decode
@@ -25,8 +26,6 @@ from agent.work.journal import Journal
 
 _LOG = logging.getLogger("edge_agent.inbox")
 _REMEMBERED = 1024
-#: Who asked for the configuration in force, where it was ``dn/desired``: enrolment and version.
-DESIRED_MARK = "desired-{}-{}"
 #: Refusals of the journal that are an answer to a job that may be given: the fleet is told as its end.
 _REJECTIONS = frozenset(("expired", "clock_untrusted", "bad_args", "busy"))
 
@@ -71,6 +70,7 @@ class Called:
     jobs_changed: Callable[[], None]
     desired_changed: Callable[[], None]
     asked: Callable[[RpcRequest], None]
+    refused: Callable[[], None] = field(default=lambda: None)
     check_args: Callable[[str, Mapping[str, Any]], None] = field(default=lambda op, args: None)
 
 
@@ -105,7 +105,9 @@ class Inbox:
 
     def _refused(self, topic: str, code: str, text: str) -> Verdict:
         _LOG.warning("refused on %s: %s (%s)", topic, text, code)
-        self._journal.refused(code)
+        with contextlib.suppress(AgentError):  # a journal that cannot be written to: it counts in memory
+            self._journal.refused(code)
+        self._called.refused()
         return Verdict("refused", code)
 
     def _received(self, topic: str, data: bytes) -> Verdict:
@@ -128,6 +130,11 @@ class Inbox:
         return found, opened.keyids, allegiance
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
+
+    def order(self, data: bytes) -> Order | None:
+        """The order in a document whose signers still have the right to it. EnvelopeError, PeerError."""
+        document, keyids, allegiance = self._open(data, JobDocument)
+        return None if document.job is None else self._order(document, document.job, keyids, allegiance, data)
 
     def _job(self, data: bytes) -> Verdict:
         document, keyids, allegiance = self._open(data, JobDocument)

@@ -25,6 +25,8 @@ _MOST_IDS = 4096
 #: As ``agent.trust.envelope.MAX_ENVELOPE_BYTES``.
 MAX_ENVELOPE_BYTES = 64 << 10
 _MOST_CSR = 4096
+#: Link speaks every 30 s while it lives.
+_SILENT_S = 100.0
 #: So long a device without a fleet keeps link waiting: a stop waits for it too.
 _NOTHING_S = 5.0
 
@@ -38,13 +40,16 @@ class LinkState:
 
     def connected(self, settings_version: int) -> bool:
         """Whether it is connected with these settings."""
-        return self.document.get("connected") is True and self.document.get("settings_version") == settings_version
+        return self.shown()["connected"] is True and self.document.get("settings_version") == settings_version
 
     def shown(self) -> dict[str, Any]:
-        """For ``status``."""
+        """For ``status``. A link that has fallen silent is not believed any more."""
         if not self.heard:
             return {"connected": False, "reason": "the link has not been heard of"}
-        return {**self.document, "heard_s": round(time.monotonic() - self.heard, 1)}
+        silent_s = round(time.monotonic() - self.heard, 1)
+        if silent_s > _SILENT_S:
+            return {**self.document, "connected": False, "reason": "the link has fallen silent", "heard_s": silent_s}
+        return {**self.document, "heard_s": silent_s}
 
 
 class Fleet(Protocol):

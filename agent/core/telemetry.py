@@ -7,6 +7,7 @@ that was away sees what is wrong now and nothing that was wrong before.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -47,6 +48,7 @@ class Telemetry:
         self._next: dict[str, float] = {}
         self._alerts: dict[str, str] = {}
         self._task: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
 
     def start(self) -> None:
         """Begin."""
@@ -57,17 +59,27 @@ class Telemetry:
         if self._task is not None:
             self._task.cancel()
 
+    def wake(self) -> None:
+        """The configuration is another one: new rates hold at once."""
+        self._next.clear()
+        self._news.set()
+
     async def _run(self) -> None:
         while True:
             wait = self.tick()
-            await asyncio.sleep(wait)
+            self._news.clear()
+            with contextlib.suppress(asyncio.TimeoutError):  # on Python 3.10 a class of its own
+                await asyncio.wait_for(self._news.wait(), wait)
 
     def tick(self) -> float:
         """Say what is due; seconds until something is due again."""
         now, config = time.monotonic(), self._config()
         for stream, make in self._streams.items():
             interval = getattr(config, f"{stream}_s")
-            if interval <= 0 or now < self._next.get(stream, 0.0):
+            if interval <= 0:
+                self._next.pop(stream, None)
+                continue
+            if now < self._next.get(stream, 0.0):
                 continue
             self._next[stream] = now + interval
             record = make()

@@ -39,3 +39,4 @@ class Within:
     unload_all: Callable[[], int]
     restart: Callable[[], None]
     reboot: Callable[[], None]
+    stay: Callable[[], None]

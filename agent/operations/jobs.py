@@ -66,6 +66,8 @@ class Around:
     task_names: Sequence[str]
     restart: Callable[[], None]
     reboot: Callable[[], None]
+    #: Withdraws a request to reboot that nobody has followed yet.
+    stay: Callable[[], None]
 
 
 class _Args(BaseModel):
@@ -201,6 +203,7 @@ class Jobs:
             if "target" not in turn.notes:
                 if model.previous is None:
                     raise ConflictError(f"cannot roll back '{args.model}': there is no previous version")
+                _require_unpinned(args.model, model, model.previous)
                 turn.notes.update(target=model.previous, before=model.active)
                 turn.save()
             return _short(self._around.installer.activate(args.model, turn.notes["target"], turn.tell))
@@ -226,6 +229,9 @@ class Jobs:
 
     def _remove(self, args: _Remove) -> list[Step]:
         def do(turn: Turn) -> Mapping[str, Any]:
+            model = _model(self._around.store.document, args.model)
+            if model.pinned and args.version in (None, model.active):
+                raise _pinned(f"cannot remove '{args.model}'", model)
             return self._around.installer.remove(args.model, args.version)
 
         def holds(turn: Turn) -> bool:
@@ -274,11 +280,11 @@ class Jobs:
             Step(
                 "apply",
                 "installing",
-                lambda turn: configuring.apply(args.config, turn.job.job_id),
-                lambda turn: configuring.holds(turn.job.job_id),
-                lambda turn: configuring.revert(turn.job.job_id),
+                lambda turn: configuring.apply(args.config, _mark(turn)),
+                lambda turn: configuring.holds(_mark(turn)),
+                lambda turn: configuring.revert(_mark(turn)),
             ),
-            Step("confirm", "probation", lambda turn: configuring.confirm(turn.job.job_id, turn.go_on)),
+            Step("confirm", "probation", lambda turn: configuring.confirm(_mark(turn), turn.go_on)),
         ]
 
     def _flush(self, args: _None) -> list[Step]:
@@ -309,7 +315,10 @@ class Jobs:
             turn.notes["boot"] = boot_id()
             raise RestartPending(self._around.reboot)
 
-        return [Step("reboot", "rebooting", do, lambda turn: turn.notes.get("boot") not in (None, boot_id()))]
+        def holds(turn: Turn) -> bool:
+            return turn.notes.get("boot") not in (None, boot_id())
+
+        return [Step("reboot", "rebooting", do, holds, lambda turn: self._around.stay())]
 
 
 def _handle(kind: type[_Args], steps: Callable[[Any], Sequence[Step]], args: Mapping[str, Any]) -> Sequence[Step]:
@@ -335,9 +344,16 @@ def _version(document: CatalogDocument, name: str, version: str) -> None:
 
 def _require_unpinned(name: str, model: ModelEntry, version: str) -> None:
     if model.pinned and model.active not in (None, version):
-        raise ConflictError(
-            f"cannot activate '{name}' {version}: the model is pinned to {model.active}", hint="unpin it: model.pin"
-        )
+        raise _pinned(f"cannot activate '{name}' {version}", model)
+
+
+def _pinned(what: str, model: ModelEntry) -> ConflictError:
+    return ConflictError(f"{what}: the model is pinned to {model.active}", hint="unpin it: model.pin")
+
+
+def _mark(turn: Turn) -> str:
+    """Who asked for a configuration. Job ids are unique within an enrolment only."""
+    return f"job-{turn.job.epoch}-{turn.job.job_id}"
 
 
 def _short(result: Mapping[str, Any]) -> dict[str, Any]:

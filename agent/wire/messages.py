@@ -7,6 +7,7 @@ newer fleet meant); every text and list is bounded; each message that commands n
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
@@ -241,22 +242,25 @@ _M = TypeVar("_M", bound=_Message)
 def decode(data: bytes, message: type[_M]) -> _M:
     """The message in a payload. PeerError names the first wrong fields."""
     try:
-        _require_shallow(json.loads(data.decode("utf-8")))
+        _require_plain(json.loads(data.decode("utf-8")))
         return message.model_validate_json(data)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False, include_context=False)[:3]
         told = "; ".join(f"{'.'.join(map(str, problem['loc'])) or 'message'}: {problem['msg']}" for problem in problems)
         raise PeerError(f"cannot read message: {told}") from error
     except (ValueError, RecursionError) as error:
-        raise PeerError("cannot read message: it is not UTF-8 JSON of sensible depth") from error
+        raise PeerError("cannot read message: it is not UTF-8 JSON of sensible depth and numbers") from error
 
 
-def _require_shallow(value: Any, depth: int = 0) -> None:
+def _require_plain(value: Any, depth: int = 0) -> None:
+    """Neither nested deeply nor, as Python's JSON and pydantic's would have it, NaN or infinite."""
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("no number")
     if isinstance(value, dict):
         for item in value.values():
-            _require_shallow(item, depth + 1)
+            _require_plain(item, depth + 1)
     elif isinstance(value, list):
         for item in value:
-            _require_shallow(item, depth + 1)
+            _require_plain(item, depth + 1)
