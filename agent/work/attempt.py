@@ -16,7 +16,8 @@ from typing import Any
 from agent.base.clock import Clock
 from agent.base.errors import AgentError, PeerError, RefusedError, TryLaterError, one_line
 from agent.work.jobs import PHASES, Ending, Failure, Order, Progress, State, move
-from agent.work.journal import Journal, Record
+from agent.work.journal import Journal
+from agent.work.records import Record
 from agent.work.steps import HaltedError, Handler, RestartPending, Step, StoppingError, Turn
 
 #: Starts of a step, or of taking one back, after which it is given up.

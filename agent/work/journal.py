@@ -12,7 +12,6 @@ import hashlib
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -20,22 +19,22 @@ from typing import Any, Literal
 from agent.base.clock import Clock, iso
 from agent.base.errors import AgentError, PeerError, one_line
 from agent.work.database import Database
-from agent.work.jobs import Failure, JobStatus, Lane, Order, Phase, Progress, Refusal, State, WindowSpec, move
+from agent.work.jobs import Failure, JobStatus, Order, Progress, Refusal, move
 from agent.work.records import (
     INSERT,
     SAVE,
-    is_intact,
+    Record,
+    Waiting,
     order_columns,
-    order_of,
     progress_columns,
     progress_of,
+    record_of,
     status_of,
     understood,
-    window_of,
+    waiting_of,
 )
 from agent.work.schema import VERSIONS
 from agent.work.tables import Facts, Maintenance, Refusals
-from agent.work.windows import opening_at
 
 #: Jobs that may wait or run at a time.
 MAX_OPEN = 256
@@ -44,45 +43,6 @@ MAX_ENDED = 1000
 #: States that the fleet has not confirmed, beyond which no further job is taken.
 MAX_UNTOLD = 2000
 Verdict = Literal["accepted", "duplicate"]
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """An open job, as far as choosing the next one needs it. ``begun``: it was started before."""
-
-    key: int
-    job_id: str
-    op: str
-    seq: int
-    lane: Lane
-    priority: int
-    not_after: str | None
-    window: WindowSpec | None
-    state: State
-    phase: Phase | None
-    begun: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A job in full. ``intact``: the order is the one that was accepted."""
-
-    key: int
-    order: Order
-    progress: Progress
-    intact: bool
-    accepted_at: str
-    at: str
-    clock_trusted: bool
-
-    @property
-    def status(self) -> JobStatus:
-        """What the fleet is told."""
-        order, now = self.order, self.progress
-        return JobStatus(
-            order.job_id, order.epoch, order.seq, order.op, now.rev, now.state, now.phase, now.step, now.attempt,
-            self.at, self.clock_trusted, now.result if now.has_ended else None, now.error,
-        )  # fmt: skip
 
 
 class Journal:
@@ -112,7 +72,7 @@ class Journal:
         try:
             for row in self._db.read("SELECT * FROM jobs WHERE published < rev OR state IN ('queued', 'running')"):
                 with understood(self._path):
-                    _record(row)
+                    record_of(row)
         except AgentError:
             self._db.close()
             raise
@@ -279,7 +239,7 @@ class Journal:
         """A job by its id, of the latest enrolment that has it."""
         rows = self._db.read("SELECT * FROM jobs WHERE job_id = ? ORDER BY epoch DESC LIMIT 1", job_id)
         with understood(self._path):
-            return _record(rows[0]) if rows else None
+            return record_of(rows[0]) if rows else None
 
     # -- for the runner -----------------------------------------------------------------------------------------------
 
@@ -289,19 +249,14 @@ class Journal:
             "SELECT key, job_id, op, seq, lane, priority, not_after, cron, window_s, tz, state, phase, attempt "
             "FROM jobs WHERE state IN ('queued', 'running') ORDER BY attempt > 0 DESC, priority DESC, epoch, seq"
         )
-        return [
-            Waiting(
-                row["key"], row["job_id"], row["op"], row["seq"], row["lane"], row["priority"], row["not_after"],
-                window_of(row), row["state"], row["phase"], row["attempt"] > 0,
-            )
-            for row in rows
-        ]  # fmt: skip
+        with understood(self._path):
+            return [waiting_of(row) for row in rows]
 
     def load(self, key: int) -> Record | None:
         """A job by its key."""
         rows = self._db.read("SELECT * FROM jobs WHERE key = ?", key)
         with understood(self._path):
-            return _record(rows[0]) if rows else None
+            return record_of(rows[0]) if rows else None
 
     def save(self, key: int, before: Progress, after: Progress, *, durable: bool = True) -> bool:
         """Write ``after`` in place of ``before``; False when the job has moved meanwhile (it was cancelled)."""
@@ -337,6 +292,8 @@ class Journal:
         try:
             expiry = order.expiry()
             if order.window is not None:
+                from agent.work.windows import opening_at  # noqa: PLC0415 - most devices never see one
+
                 opening_at(order.window, self._clock.now())
         except (PeerError, ValueError) as error:
             return Failure("bad_args", one_line(f"cannot take job: {error}"))
@@ -386,11 +343,3 @@ def _require_epoch(own: int, epoch: int) -> None:
     if epoch != own:
         code = "old_epoch" if epoch < own else "future_epoch"
         raise Refusal(code, f"cannot take a document of enrolment {epoch}: this is enrolment {own}")
-
-
-def _record(row: sqlite3.Row) -> Record:
-    order = order_of(row)
-    return Record(
-        row["key"], order, progress_of(row), is_intact(row, order), row["accepted_at"], row["at"],
-        bool(row["clock_trusted"]),
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Between rows of the journal and the types of the work. Pure."""
+"""Jobs as the journal hands them out, and the way between them and its rows. Pure."""
 
 from __future__ import annotations
 
@@ -7,12 +7,24 @@ import dataclasses
 import json
 import sqlite3
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agent.base.errors import DamagedError
 from agent.work.database import HINT
-from agent.work.jobs import MAX_RESULT_BYTES, Ending, Failure, JobStatus, Order, Progress, WindowSpec
+from agent.work.jobs import (
+    MAX_RESULT_BYTES,
+    Ending,
+    Failure,
+    JobStatus,
+    Lane,
+    Order,
+    Phase,
+    Progress,
+    State,
+    WindowSpec,
+)
 
 INSERT = """INSERT INTO jobs (
     epoch, job_id, seq, op, kind, lane, priority, args, not_after, step_timeout_s, total_timeout_s, cron, window_s, tz,
@@ -30,6 +42,45 @@ SAVE = """UPDATE jobs SET
     clock_trusted = CASE WHEN rev < :rev THEN :clock_trusted ELSE clock_trusted END,
     envelope = CASE WHEN :state IN ('queued', 'running') THEN envelope ELSE x'' END
 WHERE key = :key AND rev = :before AND state IN ('queued', 'running')"""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An open job, as far as choosing the next one needs it. ``begun``: it was started before."""
+
+    key: int
+    job_id: str
+    op: str
+    seq: int
+    lane: Lane
+    priority: int
+    not_after: str | None
+    window: WindowSpec | None
+    state: State
+    phase: Phase | None
+    begun: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A job in full. ``intact``: the order is the one that was accepted."""
+
+    key: int
+    order: Order
+    progress: Progress
+    intact: bool
+    accepted_at: str
+    at: str
+    clock_trusted: bool
+
+    @property
+    def status(self) -> JobStatus:
+        """What the fleet is told."""
+        order, now = self.order, self.progress
+        return JobStatus(
+            order.job_id, order.epoch, order.seq, order.op, now.rev, now.state, now.phase, now.step, now.attempt,
+            self.at, self.clock_trusted, now.result if now.has_ended else None, now.error,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -86,11 +137,6 @@ def order_of(row: sqlite3.Row) -> Order:
 def window_of(row: sqlite3.Row) -> WindowSpec | None:
     """The window of a row, where it has one."""
     return None if row["cron"] is None else WindowSpec(row["cron"], row["window_s"], row["tz"])
-
-
-def is_intact(row: sqlite3.Row, order: Order) -> bool:
-    """Whether the order is still the one that was accepted."""
-    return bool(order.digest() == row["digest"])
 
 
 def progress_columns(progress: Progress) -> dict[str, Any]:
@@ -156,6 +202,31 @@ def _whole(value: Any) -> int:
     if not isinstance(value, int):
         raise TypeError("a whole number is expected")
     return value
+
+
+def record_of(row: sqlite3.Row) -> Record:
+    """A whole row."""
+    order = order_of(row)
+    intact = bool(order.digest() == row["digest"])
+    progress, trusted = progress_of(row), bool(row["clock_trusted"])
+    return Record(row["key"], order, progress, intact, row["accepted_at"], row["at"], trusted)
+
+
+def waiting_of(row: sqlite3.Row) -> Waiting:
+    """What choosing needs of a row."""
+    return Waiting(
+        key=row["key"],
+        job_id=row["job_id"],
+        op=row["op"],
+        seq=_whole(row["seq"]),
+        lane=row["lane"],
+        priority=_whole(row["priority"]),
+        not_after=row["not_after"],
+        window=window_of(row),
+        state=row["state"],
+        phase=row["phase"],
+        begun=_whole(row["attempt"]) > 0,
+    )
 
 
 def bounded(result: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,15 +14,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.base.clock import Clock
 from agent.base.errors import AgentError, PeerError
 from agent.work.attempt import Attempt, Bench, UnwritableError
 from agent.work.jobs import Failure, Lane, Order, move
-from agent.work.journal import Journal, Waiting
+from agent.work.journal import Journal
+from agent.work.records import Waiting
 from agent.work.steps import Handler, RestartPending
-from agent.work.windows import Opening, opening_at
+
+if TYPE_CHECKING:
+    from agent.work.windows import Opening
 
 __all__ = ("Execute", "RestartPending", "Runner")
 
@@ -166,6 +169,8 @@ class Runner:
         assert job.window is not None
         asked_at, opening = self._openings.get(job.key, (None, None))
         if asked_at is None or opening is None or not asked_at <= moment < opening.closes:
+            from agent.work.windows import opening_at  # noqa: PLC0415 - most devices never see one
+
             opening = opening_at(job.window, moment)
             self._openings[job.key] = (moment, opening)
         return opening

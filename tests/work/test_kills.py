@@ -163,13 +163,14 @@ def agent(folder: Path, seed: int, report: Callable[[str], None]) -> None:
                 journal.accept(job, epoch=1, generation=number, document=b"%d" % number)
                 report(json.dumps(["accepted", job.job_id]))
             runner.wake()
+            is_done = number >= JOBS and not journal.jobs(open_only=True)
             for status in journal.unpublished():
                 if told.get(status.job_id) != status.rev:
                     told[status.job_id] = status.rev
                     report(json.dumps(["state", status.job_id, status.rev, status.state, status.attempt]))
                 if status.state in ENDED and status.seq % 2:
                     journal.published(status.job_id, status.rev)
-            if number >= JOBS and not journal.jobs(open_only=True):
+            if is_done:
                 break
             news.wait(0.01 if number < JOBS else 5)
         for thread in threads:
