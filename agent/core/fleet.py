@@ -216,6 +216,7 @@ class Fleet:
             within.findings,
             self.clock,
             self.boot_nonce,
+            self._is_enrolled,
         )
 
     def _streams(self) -> dict[str, Callable[[], Mapping[str, Any] | None]]:
@@ -480,6 +481,10 @@ class Fleet:
     def drift(self, config: Config | None = None) -> list[dict[str, Any]]:
         """Where what holds is not what is desired."""
         return self._twin.drift(config or self.config) if self._open else []
+
+    def _is_enrolled(self) -> bool:
+        allegiance = self.enroller.allegiance
+        return allegiance is not None and allegiance.device is not None
 
     def _facts(self) -> dict[str, Any]:
         device = self._within.device

@@ -24,6 +24,7 @@ _LOG = logging.getLogger("edge_agent.telemetry")
 #: Alerts are looked for at least this often, whatever the streams are set to.
 ALERTS_S = 30.0
 _MOST_MODELS = 200
+_NOBODY_S = 2.0
 
 
 class Telemetry:
@@ -37,6 +38,7 @@ class Telemetry:
         findings: Callable[[], list[Finding]],
         clock: TrustedClock,
         boot_nonce: str,
+        enrolled: Callable[[], bool] = lambda: True,
     ) -> None:
         self._outgoing = outgoing
         self._config = config
@@ -44,6 +46,7 @@ class Telemetry:
         self._findings = findings
         self._clock = clock
         self._nonce = boot_nonce
+        self._enrolled = enrolled
         self._started = time.monotonic()
         self._next: dict[str, float] = {}
         self._alerts: dict[str, str] = {}
@@ -72,7 +75,9 @@ class Telemetry:
                 await asyncio.wait_for(self._news.wait(), wait)
 
     def tick(self) -> float:
-        """Say what is due; seconds until something is due again."""
+        """Say what is due; seconds until something is due again. Nobody listens before the device is enrolled."""
+        if not self._enrolled():
+            return _NOBODY_S
         now, config = time.monotonic(), self._config()
         for stream, make in self._streams.items():
             interval = getattr(config, f"{stream}_s")
