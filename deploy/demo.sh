@@ -30,14 +30,18 @@ if [ -t 1 ]; then bold=$'\033[1m' plain=$'\033[0m'; fi
 chapter() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
 
 need_tool curl curl
+[ -x /usr/sbin/mosquitto ] || want_tool mosquitto mosquitto "the chapter on the fleet is left out"
 ensure_venv "$ROOT/.venv" demo
 bin="$ROOT/.venv/bin"
 
 # A short path: a socket's has 107 bytes at most.
 folder="$(mktemp -d /tmp/edge-agent-demo.XXXXXX)"
-export EDGE_AGENT_STATE_DIR="$folder/state" EDGE_AGENT_RUN_DIR="$folder/run" EDGE_AGENT_CONFIG=""
+export EDGE_AGENT_STATE_DIR="$folder/state" EDGE_AGENT_RUN_DIR="$folder/run" EDGE_AGENT_CONFIG="$folder/etc/config.toml"
+mkdir "$folder/etc"
+: >"$EDGE_AGENT_CONFIG"
 socket="$EDGE_AGENT_RUN_DIR/infer.sock"
 core=""
+others=() # link and the brokers
 
 stop_core() {
     [ -n "$core" ] || return 0
@@ -51,6 +55,7 @@ stop_core() {
 clean_up() {
     local code=$?
     [ -z "$core" ] || { kill -KILL "$core" 2>/dev/null || true; }
+    for process in ${others[@]+"${others[@]}"}; do kill -TERM "$process" 2>/dev/null || true; done
     if [ "$code" -ne 0 ] && [ -s "$folder/core.log" ]; then
         echo "the agent's log:" >&2
         tail -n 20 "$folder/core.log" >&2
@@ -103,6 +108,13 @@ curl -sS --fail-with-body --unix-socket "$socket" http://edge/v2/models/digits/i
 chapter "6. Does any of it lie in the clear?"
 "$bin/python" deploy/demo/leaks.py "$folder/digits.edgemodel" "$EDGE_AGENT_STATE_DIR"
 
-chapter "7. Stop"
+mosquitto="$(PATH="$PATH:/usr/sbin" command -v mosquitto || true)"
+if [ -n "$mosquitto" ]; then
+    chapter "7. A fleet: the device asks to join, an operator lets it in and commands it, by MQTT over TLS"
+    # shellcheck source=deploy/demo/fleet.sh
+    source deploy/demo/fleet.sh
+fi
+
+chapter "8. Stop"
 stop_core
 echo "the agent drained and stopped with status 0; $(du -sh "$EDGE_AGENT_STATE_DIR" | cut -f1) of encrypted state"
