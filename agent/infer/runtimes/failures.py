@@ -18,10 +18,13 @@ def is_shortage(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The first 300 characters of a runtime's message on one line; it may hold a model's own words, printable here."""
+    """A runtime's message on one line of at most 300 characters; it may hold a model's own words, printable here.
+
+    A long one keeps its beginning and its end: what was being done stands first, and the cause last.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
-    text = "".join(char if char.isprintable() else "?" for char in text[:1000])
-    return text if len(text) <= 300 else text[:297] + "..."
+    text = text if len(text) <= 300 else f"{text[:100]} ... {text[-195:]}"
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def return_memory() -> None:

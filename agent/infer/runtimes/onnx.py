@@ -1,7 +1,8 @@
 """ONNX Runtime behind the runtime port.
 
 The model is opened by path (``/proc/self/fd/N`` of a memfd): ONNX Runtime then reads it once and keeps no second copy.
-Idle spinning is off, since it costs half a core at ten requests a second.
+Idle spinning is off, since it costs half a core at ten requests a second. So is the Python binding's own fallback to
+other providers: it would open that path again when the descriptor is somebody else's, and prints what it does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from agent.infer.halting import Halt
 
+CPU_PROVIDER = "CPUExecutionProvider"
 _DATATYPES: dict[str, Datatype] = {
     "tensor(bool)": "BOOL",
     "tensor(uint8)": "UINT8",
@@ -74,30 +76,36 @@ class OnnxRuntime:
         settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
         try:
             session = self._library.InferenceSession(
-                f"/proc/self/fd/{descriptor}", sess_options=settings, providers=[options.provider]
+                f"/proc/self/fd/{descriptor}",
+                sess_options=settings,
+                providers=[options.provider],
+                enable_fallback=0,
             )
+            session.disable_fallback()  # releases before 1.24 do not know the argument
         except self._errors as error:
             if is_shortage(error):
                 raise TryLaterError(f"cannot load model: out of memory: {one_line(error)}") from error
             raise DamagedError(f"cannot load model: ONNX Runtime: {one_line(error)}") from error
-        return OnnxSession(session, self._library.RunOptions, self._errors)
+        return OnnxSession(session, self._library)
 
 
 class OnnxSession:
     """An ``InferenceSession``; ``run`` releases the GIL and may be called from several threads."""
 
     concurrent = True
-    stoppable = True
 
-    def __init__(self, session: Any, options: Callable[[], Any], errors: tuple[type[Exception], ...]) -> None:
+    def __init__(self, session: Any, library: Any) -> None:
         self._session = session
-        self._options = options
-        self._errors = errors
+        self._options: Callable[[], Any] = library.RunOptions
+        self._errors = _exceptions_of(library)
+        self._provider_failed: type[Exception] = library.capi.onnxruntime_pybind11_state.EPFail
         self.inputs = tuple(_spec(node) for node in session.get_inputs()) + tuple(
             _spec(node, optional=True) for node in session.get_overridable_initializers()
         )
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
         self.provider: str = session.get_providers()[0]
+        # A run ends between two operators; other providers may make one of the whole model.
+        self.stoppable = self.provider == CPU_PROVIDER
         self._strings = frozenset(spec.name for spec in self.inputs if spec.datatype == "BYTES")
         self._string_outputs = frozenset(spec.name for spec in self.outputs if spec.datatype == "BYTES")
 
@@ -106,7 +114,8 @@ class OnnxSession:
     ) -> list[NDArray[Any]]:
         """One answer; strings go in and come out as ``bytes``.
 
-        PeerError with the runtime's reason, TryLaterError; DeadlineError when ``halt`` ended it between two operators.
+        PeerError with the runtime's reason; TryLaterError when memory or the provider fails, which no input is to blame
+        for; DeadlineError when ``halt`` ended it between two operators.
         """
         options = None
         if halt is not None:
@@ -122,6 +131,8 @@ class OnnxSession:
                 raise DeadlineError("cannot run model: it was told to end") from error
             if is_shortage(error):
                 raise TryLaterError(f"cannot run model: out of memory: {one_line(error)}") from error
+            if isinstance(error, self._provider_failed):
+                raise TryLaterError(f"cannot run model: {self.provider} failed: {one_line(error)}") from error
             raise PeerError(f"cannot run model: ONNX Runtime: {one_line(error)}") from error
         if self._string_outputs:
             return [
