@@ -14,7 +14,7 @@ from agent.bundles.agreement import passes
 from agent.bundles.manifest import Manifest, Policy, TensorSpec
 from agent.infer.tensors import fits
 from agent.infer.trial import Entrant, Surroundings, Trial, TrialPlan
-from agent.operations.measured import Choice, DeviceView, Known, Progress, key_on
+from agent.operations.measured import Choice, DeviceView, Known, Progress, key_on, runtimes_for
 from agent.operations.shelving import OpenBlob
 from agent.selection.choice import Decision, choose, contenders, more_rounds_needed
 from agent.selection.explanation import explain
@@ -85,7 +85,11 @@ class VariantChooser:
         document = explain(manifest, verdicts, priors, decision, device.facts, device.profile)
         return Choice(
             chosen=decision.winner,
-            document={"order": _order(decision), "explain": document},
+            document={
+                "order": _order(decision),
+                "explain": document,
+                "runtimes": runtimes_for(manifest, inventory),
+            },
             measurements={m.candidate_id: m.to_json() for m in measurements},
             quarantine=_counted(quarantine, measurements).to_json(),
             why=_why_not(decision, verdicts),

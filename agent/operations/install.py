@@ -16,7 +16,7 @@ from agent.base.clock import Clock, iso
 from agent.base.errors import AgentError, ConflictError, NotFoundError, RefusedError, UnsupportedError
 from agent.bundles.manifest import FileRef, Manifest
 from agent.operations.incoming import contents, opened
-from agent.operations.measured import Choice, ChooseVariant, Known, Progress
+from agent.operations.measured import Choice, ChooseVariant, Known, Progress, known_of
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
 from agent.store.store import Store
 
@@ -136,8 +136,7 @@ class Installer:
     def retry(self, name: str, version: str, progress: Progress) -> bool:
         """Try the candidates of an installed version where what was measured no longer holds; whether it did."""
         entry = self._version(name, version)
-        known = Known(entry.measurements, entry.quarantine)
-        if not self._outdated(entry.manifest, known, entry.chosen):
+        if not self._outdated(entry.manifest, known_of(entry), entry.chosen):
             return False
         choice = self._choose(entry.manifest, entry.blobs, Known(quarantine=entry.quarantine), {}, progress)
         _require_choice(choice, f"cannot choose a variant of '{name}'")
@@ -159,8 +158,7 @@ class Installer:
             self._go_on()
             if entry is None:
                 continue
-            known = Known(entry.measurements, entry.quarantine)
-            if outdated := self._outdated(entry.manifest, known, entry.chosen):
+            if outdated := self._outdated(entry.manifest, known_of(entry), entry.chosen):
                 _LOG.info("model %s is tried again: %s", name, "; ".join(outdated))
                 changed[name] = list(outdated)
                 try:
@@ -228,7 +226,7 @@ class Installer:
         """What was measured of this very version before it was damaged."""
         model = self._store.document.models.get(manifest.name)
         entry = model.versions.get(manifest.version) if model else None
-        return Known(entry.measurements, entry.quarantine) if entry else Known()
+        return known_of(entry) if entry else Known()
 
     def _model(self, name: str) -> ModelEntry:
         model = self._store.document.models.get(name)

@@ -16,7 +16,7 @@ from agent.hardware.profiles import Profile
 from agent.selection.inventory import RuntimeInventory
 from agent.selection.measurements import Measurement, MeasurementKey, measurement_key
 from agent.selection.rules import Candidate, candidate_of
-from agent.store.document import BlobRef
+from agent.store.document import BlobRef, VersionEntry
 
 #: Told of each step. Whatever it raises ends the operation there: that is how a stop reaches it.
 Progress = Callable[[Mapping[str, Any]], None]
@@ -24,7 +24,7 @@ Progress = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What was decided. ``document`` holds ``order`` (candidate ids, best first) and ``explain``."""
+    """What was decided. ``document`` holds ``order`` (candidate ids, best first), ``explain`` and ``runtimes``."""
 
     chosen: str | None
     document: dict[str, Any]
@@ -36,10 +36,30 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What earlier trials of the version left: measurements and quarantine by candidate id."""
+    """What earlier trials of the version left: measurements and quarantine by candidate id.
+
+    ``runtimes``: version and providers of those that there were, as ``runtimes_for`` had it; empty when nobody noted.
+    """
 
     measurements: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quarantine: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    runtimes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def known_of(entry: VersionEntry) -> Known:
+    """What the catalog keeps of a version's trials."""
+    noted = (entry.choice or {}).get("runtimes")
+    return Known(entry.measurements, entry.quarantine, noted if isinstance(noted, dict) else {})
+
+
+def runtimes_for(manifest: Manifest, inventory: RuntimeInventory) -> dict[str, Any]:
+    """The installed runtimes that the manifest has variants for, as plain JSON values."""
+    found = {name: inventory.get(name) for name in sorted({variant.runtime for variant in manifest.variants})}
+    return {
+        name: {"version": installed.version, "providers": sorted(installed.providers)}
+        for name, installed in found.items()
+        if installed is not None
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +95,30 @@ def key_on(device: DeviceView, candidate: Candidate, inventory: RuntimeInventory
 
 
 def outdated(device: DeviceView, manifest: Manifest, known: Known, chosen: str | None) -> tuple[str, ...]:
-    """What has changed since the chosen candidate was measured: ``("runtime_version: 1.31.0 -> 1.32.0",)``."""
+    """What has changed since the version was tried: ``("runtime_version: 1.31.0 -> 1.32.0",)``.
+
+    A provider or a runtime that has come or gone counts too: who was tried then is not who could be tried now.
+    """
     document = known.measurements.get(chosen or "")
     if document is None:
         return ("no variant was measured",)
     measurement = Measurement.from_json(dict(document))
     variant = manifest.variant(measurement.candidate_id.partition("@")[0])
     candidate = candidate_of(variant, measurement.key.provider)
-    return measurement.key.changes(key_on(device, candidate, device.inventory(), manifest))
+    inventory = device.inventory()
+    changes = measurement.key.changes(key_on(device, candidate, inventory, manifest))
+    return changes or _come_and_gone(known.runtimes, runtimes_for(manifest, inventory))
+
+
+def _come_and_gone(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
+    if not before or before == now:
+        return ()
+    return tuple(
+        f"{name}: {_named(before.get(name))} -> {_named(now.get(name))}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    )
+
+
+def _named(runtime: Mapping[str, Any] | None) -> str:
+    return f"{runtime['version']} with {', '.join(runtime['providers'])}" if runtime else "none"
