@@ -45,8 +45,20 @@ def heavy(side=512, layers=4, seed=0):
     )
 
 
-def endless():
-    """A loop of 2^62 rounds: loads at once, never answers."""
+def chain(side=65536, steps=40, seed=0):
+    """x[n, side] -> y[n, side]: a long row of additions and products, which some providers fuse into one pass."""
+    generator = np.random.default_rng(seed)
+    names = ["x", *(f"h{index}" for index in range(1, steps)), "y"]
+    return model(
+        [helper.make_node(("Mul", "Add")[i % 2], [names[i], f"c{i}"], [names[i + 1]]) for i in range(steps)],
+        [tensor("x", ["n", side])],
+        [tensor("y", ["n", side])],
+        [constant(f"c{index}", generator.random(1, dtype=np.float32)) for index in range(steps)],
+    )
+
+
+def endless(rounds=1 << 62):
+    """A loop of 2^62 rounds: loads at once, never answers; with fewer rounds it does."""
     body = helper.make_graph(
         [
             helper.make_node("Identity", ["go_on"], ["go_on_out"]),
@@ -64,7 +76,7 @@ def endless():
         [tensor("x", ["n", 16])],
         [tensor("y", ["n", 4])],
         [
-            constant("rounds", np.int64(1 << 62)),
+            constant("rounds", np.int64(rounds)),
             constant("yes", np.bool_(True)),
             constant("zero", np.array([0], np.int64)),
             constant("four", np.array([4], np.int64)),
