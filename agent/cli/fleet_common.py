@@ -173,9 +173,13 @@ def read_json(text: str) -> Any:
         return read_toml(Path(text[1:]))
     data = read_file(Path(text[1:])) if text.startswith("@") else text.encode()
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise PeerError(f"cannot read {text[:60]!r}: it is no JSON: {error}") from error
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"JSON has no {name}")
 
 
 def read_file(path: Path, most: int = _MOST_FILE_BYTES) -> bytes:

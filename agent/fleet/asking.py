@@ -6,13 +6,12 @@ of a start that the device itself signed, and the broker may not deliver it afte
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from pydantic import ValidationError
 
 from agent.base.clock import Clock, iso
 from agent.base.errors import DeadlineError, NotFoundError, PeerError, RefusedError, TooLargeError, TryLaterError
@@ -112,6 +111,7 @@ class Asker:
                 device.name, op, rpc_id, [signer.keyid for signer in signers], (iso(now), int(now.timestamp() * 1e6))
             )
         try:
+            json.dumps(args, allow_nan=False)
             return RpcRequest(
                 tenant=self._tenant,
                 device=device.name,
@@ -122,7 +122,7 @@ class Asker:
                 op=op,
                 args=dict(args),
             )
-        except ValidationError as error:
+        except (ValueError, TypeError) as error:  # a ValidationError is a ValueError
             raise PeerError(f"cannot ask '{op}': the arguments cannot be said in JSON") from error
 
     def _put(self, device: Device, request: RpcRequest, signers: Sequence[Signer], expiry_s: int) -> None:

@@ -9,6 +9,7 @@ which is no device's. Pure but for randomness; the clock is passed in.
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Literal
@@ -34,6 +35,7 @@ _EARLY = datetime(2020, 1, 1, tzinfo=timezone.utc)
 #: What a device is checked by, a broker with a right clock, may begin when it was made; clocks differ by a little.
 _SKEW = timedelta(days=1)
 _LEAST_RSA_BITS = 2048
+_HOST = re.compile(r"(\*\.)?[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 _CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 
 
@@ -192,10 +194,9 @@ def _general_name(name: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(name))
     except ValueError:
         pass
-    try:
-        return x509.DNSName(name)
-    except ValueError as error:
-        raise PeerError(f"cannot make a certificate for {name!r}: it is neither a host name nor an address") from error
+    if len(name) > 253 or _HOST.fullmatch(name) is None:
+        raise PeerError(f"cannot make a certificate for {name!r}: it is neither a host name nor an address")
+    return x509.DNSName(name)
 
 
 def _pem(certificate: x509.Certificate) -> str:

@@ -27,7 +27,7 @@ MIGRATIONS = (
         desired INTEGER NOT NULL DEFAULT 0);
     CREATE TABLE past(name TEXT PRIMARY KEY, epoch INTEGER NOT NULL);
     CREATE TABLE words(device TEXT NOT NULL, kind TEXT NOT NULL, received TEXT NOT NULL, payload TEXT NOT NULL,
-        PRIMARY KEY(device, kind));
+        start TEXT NOT NULL, PRIMARY KEY(device, kind));
     CREATE TABLE alerts(device TEXT NOT NULL, id TEXT NOT NULL, received TEXT NOT NULL, payload TEXT NOT NULL,
         PRIMARY KEY(device, id));
     CREATE TABLE announcements(keyid TEXT PRIMARY KEY, identity TEXT NOT NULL, csr TEXT NOT NULL, board TEXT,

@@ -86,6 +86,8 @@ class Hearing:
         direction, kind, *rest = topic.rest.split("/")
         device = self._registry.find_device(topic.device)
         if device is None:
+            if not payload:
+                return None  # emptied when it was forgotten
             raise _DroppedError("unknown_device")
         if direction != "up" or kind not in self._kinds or len(rest) > 1:
             raise _DroppedError("wrong_topic")
@@ -133,10 +135,11 @@ class Hearing:
         if before is not None:
             if before.payload == payload:
                 return None
-            # Versions restart with the agent and clocks may be wrong: what is behind in both is an old message.
-            if reported.version < before.payload["version"] and reported.at < before.payload["at"]:
+            # Within a start versions rise. One start from another only tells the nonce of the last info.
+            behind = reported.version < before.payload["version"] and reported.at < before.payload["at"]
+            if behind and self._words.start(device.name) == before.start:
                 raise _DroppedError("old_message")
-        self._words.hear(device.name, "reported", now, payload)
+        self._words.hear(device.name, "reported", now, payload, self._words.start(device.name))
         return Event("reported", device.name, payload)
 
     def _job(self, device: Device, job_id: str, data: bytes, now: str) -> Event | None:

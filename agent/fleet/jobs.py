@@ -8,6 +8,7 @@ second signature, no nonce) is refused here first, with the reason.
 from __future__ import annotations
 
 import base64
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -79,6 +80,7 @@ class Office:
         would refuse, ConflictError for an id that is taken.
         """
         row = require_op(command.op)
+        _require_json(command.args)
         job_id = job_id or new_job_id(now)
         documents: list[Document] = []
         with self._books.database.transaction():
@@ -281,7 +283,7 @@ def require_op(op: str) -> Op:
 
 def require_obeyed(device: Device, row: Op, keyids: Sequence[str]) -> None:
     """RefusedError unless the device would obey these signers in an operation of that class."""
-    able = [keyid for keyid in keyids if row.kind in device.obeys.get(keyid, ())]
+    able = {keyid for keyid in keyids if row.kind in device.obeys.get(keyid, ())}
     need = SIGNATURES[row.kind]
     if len(able) >= need:
         return
@@ -341,6 +343,14 @@ def read_exported(envelope: bytes) -> JobDocument:
     if kind != JobDocument.KIND:
         raise EnvelopeError("wrong_type", "it is no job")
     return decode(payload, JobDocument)
+
+
+def _require_json(args: Mapping[str, Any]) -> None:
+    """PeerError for what JSON cannot say: it would be signed as something else."""
+    try:
+        json.dumps(args, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PeerError("cannot give job: args cannot be said in JSON") from error
 
 
 def _sealed(message: JobDocument, signers: Sequence[Signer]) -> bytes:

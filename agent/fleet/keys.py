@@ -196,10 +196,8 @@ def choose_keys(keys: Sequence[KeyRow], kinds: Sequence[OpClass], named: Sequenc
     for kind in kinds:
         able = [row for row in usable if kind in row.classes]
         if not able:
-            who = ", ".join(named) or "no key of this folder"
-            raise RefusedError(
-                f"cannot sign: {who} may not sign operations of class {kind}", hint="edge-fleet keys list"
-            )
+            who = f"{', '.join(named)} may not" if named else "no key of this folder may"
+            raise RefusedError(f"cannot sign: {who} sign operations of class {kind}", hint="edge-fleet keys list")
         able.sort(key=lambda row: row not in chosen)  # a key that signs anyway rather than one more
         chosen += [row for row in able[: SIGNATURES[kind]] if row not in chosen]
     return [row for row in usable if row in chosen] if not named else usable

@@ -33,10 +33,14 @@ class Announced:
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """What a device said last of a kind (``info``, ``reported``: verified; ``status``: not), and when it came."""
+    """What a device said last of a kind (``info``, ``reported``: verified; ``status``: not), and when it came.
+
+    ``start``: the nonce of the device's start at that moment, "" where that was not known.
+    """
 
     received: str
     payload: Mapping[str, Any]
+    start: str = ""
 
 
 class Words:
@@ -49,19 +53,24 @@ class Words:
     def _sql(self) -> sqlite3.Connection:
         return self._database.connection
 
-    def hear(self, device: str, kind: str, now: str, payload: Mapping[str, Any]) -> None:
+    def hear(self, device: str, kind: str, now: str, payload: Mapping[str, Any], start: str = "") -> None:
         """Keep what a device said last of a kind."""
         self._sql.execute(
-            "INSERT OR REPLACE INTO words VALUES(?, ?, ?, ?)",
-            (device, kind, now, _compact(payload)),
+            "INSERT OR REPLACE INTO words VALUES(?, ?, ?, ?, ?)",
+            (device, kind, now, _compact(payload), start),
         )
 
     def word(self, device: str, kind: str) -> Word | None:
         """What a device said last of a kind."""
         row = self._sql.execute(
-            "SELECT received, payload FROM words WHERE device = ? AND kind = ?", (device, kind)
+            "SELECT received, payload, start FROM words WHERE device = ? AND kind = ?", (device, kind)
         ).fetchone()
-        return None if row is None else Word(row["received"], json.loads(row["payload"]))
+        return None if row is None else Word(row["received"], json.loads(row["payload"]), row["start"])
+
+    def start(self, device: str) -> str:
+        """The nonce of a device's present start, "" while it has not said any."""
+        info = self.word(device, "info")
+        return "" if info is None else str(info.payload["boot_nonce"])
 
     def words(self, kind: str) -> dict[str, Word]:
         """The same of all devices."""
