@@ -129,10 +129,12 @@ class LinkApi:
     async def _outgoing(self, request: Request) -> Response:
         options = request.options()
         cursor, messages = await self._fleet.outgoing(options.get("after", ""), _wait(options))
+        settings = self._fleet.link_settings()
         return json_response(
             {
                 "cursor": cursor,
-                "settings_version": self._fleet.link_settings()["version"],
+                "start": settings.get("boot_nonce", ""),
+                "settings_version": settings["version"],
                 "messages": [message.document() for message in messages],
             }
         )

@@ -80,6 +80,7 @@ class Link:
         self._reason = "starting"
         self._trouble = ""
         self._heard_core = self._loop.time()
+        self._core_start = ""
         self._told_silence = False
 
     async def run(self) -> None:
@@ -92,9 +93,7 @@ class Link:
             for task in done:
                 task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _end(*tasks)
             if self._connection is not None:
                 self._connection.abort("the link ends")
             self._outbox.close()
@@ -133,6 +132,9 @@ class Link:
             self._pending.left_out = False
             cursor = ""
         answer = await self._core.outgoing(cursor, _POLL_S)
+        if answer.start != self._core_start:
+            self._core_start = answer.start
+            self._news.set()  # a core that has just started does not know how things are
         known = self._settings
         if known is None or answer.settings_version != known.version:
             await self._renew_settings()
@@ -322,9 +324,7 @@ class Link:
         try:
             await asyncio.wait({task, interrupt}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for each in (task, interrupt):
-                each.cancel()
-            await asyncio.gather(task, interrupt, return_exceptions=True)
+            await _end(task, interrupt)
         if task.cancelled():
             return True
         task.result()
@@ -405,3 +405,12 @@ class Link:
     def _wake(self) -> None:
         if self._publisher is not None:
             self._publisher.wake()
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel tasks until they have ended: before Python 3.12 ``wait_for`` may swallow a cancellation."""
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=0.1)

@@ -88,11 +88,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """``GET /v1/link/outgoing``."""
+    """``GET /v1/link/outgoing``. ``start`` names the start of core that answers."""
 
     cursor: str
     settings_version: int
     messages: tuple[Message, ...]
+    start: str = ""
 
 
 def parse_settings(document: Any) -> Settings:
@@ -138,7 +139,10 @@ def parse_outgoing(document: Any) -> Outgoing:
     known = _of(document, dict, "answer")
     messages = _of(known.get("messages", []), list, "messages")
     return Outgoing(
-        _field(known, "cursor", str), _field(known, "settings_version", int), tuple(_message(item) for item in messages)
+        _field(known, "cursor", str),
+        _field(known, "settings_version", int),
+        tuple(_message(item) for item in messages),
+        _optional(known, "start", str) or "",
     )
 
 

@@ -14,7 +14,8 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -191,6 +192,12 @@ class Fleet:
         assert ended["state"] == "succeeded", ended
         return dict(ended["result"] or {})
 
+    def destroy_done(self, op: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        """As ``done``, for what needs two signatures."""
+        ended = self.ended(self.destroy(op, args))
+        assert ended["state"] == "succeeded", ended
+        return dict(ended["result"] or {})
+
     def running(self, job_id: str, phase: str | None = None) -> None:
         """Wait until a job runs (in that phase)."""
         until(
@@ -209,7 +216,6 @@ class Fleet:
     def close(self) -> None:
         """Hear no more."""
         self.operator.close()
-        self.operator._client._reset_sockets()  # paho leaves the pair that wakes its thread to the garbage collector
 
     @property
     def info(self) -> dict[str, Any]:
@@ -223,22 +229,27 @@ class Fleet:
     def nonce(self) -> str:
         return str(self.info["boot_nonce"])
 
-    def reports(self, **wanted: Any) -> dict[str, Any]:
-        """Wait until ``up/reported`` says so."""
-
-        def found() -> dict[str, Any] | None:
-            reported = self.reported
-            return reported if all(reported[name] == value for name, value in wanted.items()) else None
-
-        document: dict[str, Any] = until(found, f"reported {wanted}; {self.reported}", PATIENCE_S)
-        return document
+    def reports(self, what: str, holds: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+        """Wait until ``up/reported`` is so."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not holds(reported := self.reported):
+            assert time.monotonic() < deadline, f"it is not reported that {what}: {reported}"
+            time.sleep(0.02)
+        return reported
 
 
 class FleetDevice(Agent):
     """Core and link on folders of their own. ``longest_pause_s``: between attempts to connect, None as in earnest."""
 
     def __init__(
-        self, folder: Path, broker: Broker, name: str = "cam-1", *, port: int = 0, longest_pause_s: float | None = None
+        self,
+        folder: Path,
+        broker: Broker,
+        name: str = "cam-1",
+        *,
+        config: str = "",
+        port: int = 0,
+        longest_pause_s: float | None = None,
     ) -> None:
         super().__init__(folder)
         self.name = name
@@ -250,7 +261,7 @@ class FleetDevice(Agent):
         self._link: subprocess.Popen[bytes] | None = None
         self._capped = longest_pause_s and LinkProcess(self.run / "admin.sock", self.state / "link", longest_pause_s)
         self._fleet: Fleet | None = None
-        self.configure()
+        self.configure(config)
         self.trust(self.keys.trust(name))
 
     @property
@@ -307,12 +318,16 @@ class FleetDevice(Agent):
 
     def connect(self) -> None:
         """Start both, wait until the fleet knows of this start."""
-        listening = self.fleet
+        assert self.fleet.generation == 0  # it listens from the beginning
         self.start()
         self.start_link()
+        self.wait_until_known()
+
+    def wait_until_known(self) -> None:
+        """The fleet has heard of this start of core."""
         nonce = self.status()["boot_nonce"]
         until(
-            lambda: [info for info in listening.heard("up/info") if info["boot_nonce"] == nonce],
+            lambda: [info for info in self.fleet.heard("up/info") if info["boot_nonce"] == nonce],
             f"the device says that it is there\n{self.logs()}",
             PATIENCE_S,
         )
@@ -322,12 +337,17 @@ class FleetDevice(Agent):
         assert self.process is not None
         assert self.process.wait(PATIENCE_S) == 0, self.log.read_text()
         self.start()
+        self.wait_until_known()
+
+    def admin_get(self, path: str) -> dict[str, Any]:
+        """What the admin socket answers."""
+        with self.admin() as admin:
+            found: dict[str, Any] = admin.call("GET", path)
+        return found
 
     def status(self) -> dict[str, Any]:
         """``edge-agent status``."""
-        with self.admin() as admin:
-            found: dict[str, Any] = admin.call("GET", "/v1/status")
-        return found
+        return self.admin_get("/v1/status")
 
     def logs(self) -> str:
         log = self._capped.log if self._capped else self.link_log
