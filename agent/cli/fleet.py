@@ -18,6 +18,7 @@ from agent import __version__
 from agent.base.errors import AgentError
 from agent.cli import (
     fleet_approve,
+    fleet_desired,
     fleet_devices,
     fleet_fit,
     fleet_init,
@@ -96,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     fleet_fit.register(commands, common)
     fleet_jobs.register(commands, common)
     fleet_rpc.register(commands, common)
+    fleet_desired.register(commands, common)
     fleet_watch.register(commands, common)
     fleet_pack.register(commands, output)
     return top

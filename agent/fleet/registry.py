@@ -147,6 +147,11 @@ class Registry:
         row = self._sql.execute("SELECT generation, seq FROM devices WHERE name = ?", (name,)).fetchone()
         return int(row["generation"]), int(row["seq"])
 
+    def next_desired(self, name: str) -> int:
+        """A version for what is desired, given out once."""
+        self._sql.execute("UPDATE devices SET desired = desired + 1 WHERE name = ?", (name,))
+        return int(self._sql.execute("SELECT desired FROM devices WHERE name = ?", (name,)).fetchone()["desired"])
+
 
 def _device(row: sqlite3.Row) -> Device:
     return Device(
