@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import pytest
 from paho.mqtt.client import Client, MQTTMessage, MQTTv5
 from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from tests.link.certificates import Authority
@@ -195,7 +197,9 @@ class Operator:
         self._client.on_subscribe = lambda *_: self._listening.set()
         self._client.on_message = self._on_message
         self._client.on_publish = self._on_publish
-        self._client.connect("localhost", port, keepalive=10)
+        session = Properties(PacketTypes.CONNECT)
+        session.SessionExpiryInterval = 3600
+        self._client.connect("localhost", port, keepalive=10, clean_start=False, properties=session)
         self._client.loop_start()
         assert not topics or self._listening.wait(PATIENCE_S), "the operator hears"
 
@@ -226,6 +230,7 @@ class Operator:
         with contextlib.suppress(ValueError):
             self._client.disconnect()
         self._client.loop_stop()
+        self._client._reset_sockets()  # paho leaves the pair that wakes its thread to the garbage collector
 
 
 @pytest.fixture

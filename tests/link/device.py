@@ -34,6 +34,10 @@ class LinkProcess:
         self.log = folder.with_name("link.log")
         self.process: subprocess.Popen[bytes] | None = None
 
+    def amend(self, program: str) -> None:
+        """Run this first, with ``link`` being the module ``agent.link.link``."""
+        self._arguments[2] = f"from agent.link import link\n{program}\n{self._arguments[2]}"
+
     def start(self, **environment: str) -> LinkProcess:
         known = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **environment}
         with self.log.open("ab") as log:
@@ -65,6 +69,7 @@ def link(short_dir: Path) -> Iterator[LinkProcess]:
     """A link that is not started yet; it asks at ``admin.sock`` of the short folder."""
     process = LinkProcess(short_dir / "admin.sock", short_dir / "link")
     yield process
+    print(process.log.read_text() if process.log.exists() else "no log")
     if process.process is not None:
         with contextlib.suppress(ProcessLookupError):
             process.process.kill()

@@ -119,6 +119,11 @@ class StandIn:
         return sum(bool(message.get("confirm")) for message in self._messages)
 
     @property
+    def waiting(self) -> int:
+        """Messages that no link has taken over yet."""
+        return len(self._messages)
+
+    @property
     def state(self) -> dict[str, Any]:
         return self.states[-1] if self.states else {}
 
