@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Execute", "RestartPending", "Runner")
 
-#: (lane, name, work): have ``work`` called once in the lane's thread, and return before. TryLaterError when it cannot be.
+#: (lane, name, work): have ``work`` called once in the lane's thread, and return before. TryLaterError when not.
 Execute = Callable[[Lane, str, Callable[[], None]], None]
 #: Seconds after which it is tried again where the journal or the lane would not have it.
 _RETRY_S = 15.0

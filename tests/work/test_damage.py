@@ -402,6 +402,43 @@ def test_killed_while_setting_aside(folder: Path, clock: SimulatedClock) -> None
     assert outcomes == {0, 12}
 
 
+def test_killed_while_setting_aside_what_cannot_be_read(folder: Path, clock: SimulatedClock) -> None:
+    """The log of the old journal, which is whole, never gets into the new one."""
+    path = filled(folder, clock)
+    (folder / "killed").mkdir()
+    with Journal(path, clock) as journal:
+        journal.cancel(["job-3"])
+        for file in folder.glob("journal.db*"):
+            shutil.copy(file, folder / "killed" / file.name)
+    template = folder / "killed" / "journal.db"
+    template.write_bytes(b"garbage" * 20_000)
+    outcomes = []
+    for number in range(8):
+        place = folder / f"kill-{number}"
+        place.mkdir()
+        for file in template.parent.iterdir():
+            shutil.copy(file, place / file.name)
+        path = place / "journal.db"
+        left = number
+
+        def step(name: str) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+
+        with contextlib.suppress(Killed):
+            set_aside(path, 3, STAMP, step)
+        try:
+            with Journal(path, clock) as journal:
+                assert journal.last()[0] == 3 and journal.last()[1] > 1 << 50
+                assert journal.jobs() == []
+                outcomes.append("new")
+        except DamagedError:
+            outcomes.append("old")
+    assert outcomes == sorted(outcomes, reverse=True) and set(outcomes) == {"old", "new"}
+
+
 def test_killed_while_a_journal_is_made(folder: Path, clock: SimulatedClock) -> None:
     for number in range(4):
         path = folder / str(number) / "journal.db"

@@ -127,6 +127,13 @@ def test_a_document_that_only_cancels(journal: Journal) -> None:
     assert journal.terminal("job-1") == status
 
 
+def test_a_document_that_cancels_its_own_job(journal: Journal) -> None:
+    """What it cancels was before it; and when it comes again it cancels nothing."""
+    accept(journal, 1, cancel=["job-1"])
+    assert accept(journal, 1, cancel=["job-1"]) == "duplicate"
+    assert journal.job("job-1").progress.state == "queued"
+
+
 @pytest.mark.parametrize(
     ("change", "trusted", "code"),
     [
