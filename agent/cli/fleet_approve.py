@@ -38,6 +38,7 @@ from agent.fleet.enrolment import (
 )
 from agent.fleet.keys import open_signer, parse_public
 from agent.fleet.words import Announced
+from agent.trust.envelope import PublicKey
 from agent.wire.topics import claim_topic, device_topic
 
 _ABOUT = """\
@@ -69,7 +70,7 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
     approve.add_argument("--wait", type=duration, metavar="TIME", help="until it is there under its name")
     hand = approve.add_argument_group("by hand")
     hand.add_argument("--manual", action="store_true", help="write files instead of telling the device")
-    hand.add_argument("--identity", metavar="BASE64|@FILE", help="its identity key, as 'edge-agent status' shows it")
+    hand.add_argument("--identity", metavar="BASE64|@FILE", help="its identity key; may be left out if it is known")
     hand.add_argument("--csr", type=Path, metavar="FILE", help="sign this certificate request")
     hand.add_argument("-o", "--out", type=Path, metavar="DIR", help="where the files go (default: DEVICE)")
 
@@ -214,16 +215,14 @@ def _tell_enrolled(options: argparse.Namespace, enrolled: Enrolled, out: Path | 
 
 
 def _approve_by_hand(options: argparse.Namespace) -> int:
-    if options.device is None or options.identity is None or options.keyid or options.wait is not None:
-        raise UsageError("cannot approve: --manual needs DEVICE and --identity, and takes neither --keyid nor --wait")
-    given: str = options.identity
-    text = read_file(Path(given[1:])).decode("utf-8", "replace") if given.startswith("@") else given
+    if options.device is None or options.keyid or options.wait is not None:
+        raise UsageError("cannot approve: --manual needs DEVICE, and takes neither --keyid nor --wait")
     csr = read_file(options.csr).decode("utf-8", "replace") if options.csr else ""
     with opened(options) as fleet:
         out = options.out or Path(options.device)
         if os.path.lexists(out):
             raise ConflictError(f"cannot write {out}: it is there already", hint="--out names another folder")
-        chosen = by_hand(parse_public(text), csr, fleet.clock.now())
+        chosen = by_hand(_identity(fleet, options), csr, fleet.clock.now())
         _ask(fleet, options, chosen)
         authority = authority_of(fleet, options, "devices") if csr else None
         enrolled = enrol(
@@ -238,6 +237,20 @@ def _approve_by_hand(options: argparse.Namespace) -> int:
         _write_by_hand(fleet, enrolled, out)
     _tell_enrolled(options, enrolled, out)
     return 0
+
+
+def _identity(fleet: Opened, options: argparse.Namespace) -> PublicKey:
+    """The identity that was given, else that of the device which has the name already."""
+    given: str | None = options.identity
+    if given is not None:
+        return parse_public(read_file(Path(given[1:])).decode("utf-8", "replace") if given.startswith("@") else given)
+    known = fleet.books.registry.find_device(options.device)
+    if known is None:
+        raise UsageError(
+            f"cannot approve '{options.device}': --manual needs --identity",
+            hint="edge-agent status on the device shows it",
+        )
+    return known.identity
 
 
 def _write_by_hand(fleet: Opened, enrolled: Enrolled, out: Path) -> None:

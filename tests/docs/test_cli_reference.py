@@ -10,16 +10,24 @@ import pytest
 
 from agent.cli import device, fleet
 from agent.cli.commands import sentence
+from agent.wire.ops import OPS
 from tests.core.conftest import ROOT
 
-PAGE = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
-INTRODUCTION, *_ = re.split(r"^# On the operator", PAGE, flags=re.MULTILINE)
+REFERENCE = ROOT / "docs" / "reference"
+PAGES = {
+    program: (REFERENCE / name).read_text()
+    for program, name in (("edge-agent", "cli.md"), ("edge-fleet", "edge-fleet.md"))
+}
 SECTIONS = {
     match[1]: match[2]
-    for match in re.finditer(r"^## (.+)\n((?:(?!^#{1,2} ).*\n)*)", re.sub(r"(?m)^# ", "% ", PAGE), re.MULTILINE)
+    for page in PAGES.values()
+    for match in re.finditer(r"^## (edge-.+)\n((?:(?!^#{1,2} ).*\n)*)", re.sub(r"(?m)^# ", "% ", page), re.MULTILINE)
 }
 #: Options of every command are told once, at the top.
-COMMON = {"-h", "--help", "--config", "--state-dir", "--run-dir", "--json"}
+COMMON = {
+    "edge-agent": {"-h", "--help", "--config", "--state-dir", "--run-dir", "--json"},
+    "edge-fleet": {"-h", "--help", "--fleet", "--password-file", "--json"},
+}
 
 
 def leaves(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -35,31 +43,42 @@ def leaves(parser: argparse.ArgumentParser, name: str) -> Iterator[tuple[str, ar
 COMMANDS = dict([*leaves(device.parser(), "edge-agent"), *leaves(fleet.parser(), "edge-fleet")])
 
 
-def test_the_page_has_each_command_and_no_other() -> None:
-    assert len(COMMANDS) > 20
-    assert sorted(SECTIONS) == sorted(COMMANDS)
+def section_of(name: str) -> str:
+    """Operations of jobs and questions share a section: what each takes, its own help says."""
+    words = name.split()
+    return " ".join([*words[:2], "OP"]) if words[2:] and words[2] in OPS else name
+
+
+def test_the_pages_have_each_command_and_no_other() -> None:
+    assert len(COMMANDS) > 40
+    assert sorted(SECTIONS) == sorted({section_of(name) for name in COMMANDS})
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_section_tells_every_option_and_argument(name: str) -> None:
-    told = SECTIONS[name].partition("```")[0] + "".join(re.findall(r"(?m)^\|.*$", SECTIONS[name]))
+    section = SECTIONS[section_of(name)]
+    told = section.partition("```")[0] + "".join(re.findall(r"(?m)^\|.*$", section))
     for action in COMMANDS[name]._actions:
         for option in action.option_strings:
-            assert option in COMMON or f"`{option}" in told, f"{name} {option}"
+            assert option in COMMON[name.split(maxsplit=1)[0]] or f"`{option}" in told, f"{name} {option}"
         if not action.option_strings:
             assert str(action.metavar) in told, f"{name} {action.metavar}"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_section_tells_no_option_that_is_not_there(name: str) -> None:
-    known = {option for action in COMMANDS[name]._actions for option in action.option_strings}
-    usage = re.findall(rf"(?m)^`{name}( .*)?`$", SECTIONS[name])
+    section = section_of(name)
+    alike = [command for other, command in COMMANDS.items() if section_of(other) == section]
+    known = {option for command in alike for action in command._actions for option in action.option_strings}
+    usage = re.findall(rf"(?m)^`{section}( .*)?`$", SECTIONS[section])
     told = {option for line in usage for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", line)}
     assert told <= known, f"{name}: {told - known}"
 
 
-def test_options_of_all_commands_are_told_once() -> None:
-    assert [option for option in sorted(COMMON) if f"`{option}" not in INTRODUCTION] == []
+@pytest.mark.parametrize("program", PAGES)
+def test_options_of_all_commands_are_told_once(program: str) -> None:
+    introduction = PAGES[program].partition("\n## edge-")[0]
+    assert [option for option in sorted(COMMON[program]) if f"`{option}" not in introduction] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)

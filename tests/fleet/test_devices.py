@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.trust.allegiance import load
 from tests.fleet.conftest import TENANT, Fleet, edge_fleet
 from tests.fleet.device import WELL, Claimant, Identity, SimulatedDevice
 from tests.fleet.waiting import until
@@ -141,6 +142,17 @@ def test_a_name_is_not_given_twice(fleet: Fleet) -> None:
     assert "it is there already" in fleet.run(
         "approve", "cam-3", "--manual", "--identity", Identity().public, "--yes", "--out", str(out)
     ).err  # fmt: skip
+
+
+def test_keys_that_have_changed_reach_a_device_by_its_next_enrolment(fleet: Fleet) -> None:
+    fleet.enrolled("cam-1")
+    fleet.ok("keys", "add", "ann", "--no-password")
+    fleet.ok("keys", "revoke", "operator", "--yes")
+    out = fleet.scratch / "again"
+    assert fleet.ok("approve", "cam-1", "--manual", "--yes", "--out", str(out))["epoch"] == 2
+    allegiance = load(out / "trust.toml")
+    assert allegiance is not None and [key.name for key in allegiance.keys.values()] == ["ann"]
+    assert (allegiance.device, allegiance.epoch) == ("cam-1", 2) and not (out / "device.pem").exists()
 
 
 def test_the_number_of_an_enrolment_rises_even_when_a_device_was_forgotten(fleet: Fleet) -> None:

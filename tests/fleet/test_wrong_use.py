@@ -41,7 +41,7 @@ from tests.fleet.conftest import MOSQUITTO, Fleet
         (["job", "submit", "/nowhere"], 1, "No such file"),
         (["devices", "show", "cam-9"], 1, "cannot find device"),
         (["devices", "forget", "cam-9", "--yes"], 1, "cannot find device"),
-        (["approve", "cam-2", "--manual"], 2, "needs DEVICE and --identity"),
+        (["approve", "cam-2", "--manual"], 2, "--manual needs --identity"),
         (["approve", "cam-2", "--manual", "--identity", "AAAA", "--yes"], 1, "not the base64"),
         (["approve", "--keyid", "abcd"], 2, "what the device is to be called"),
         (["approve", "cam-2", "--keyid", "ab"], 1, "at least 4"),
