@@ -41,6 +41,7 @@ def test_a_long_outage(broker: Broker, link: LinkProcess) -> None:
         core.record("heat", n=count, pad="the first after the outage")
         until(lambda: core.waiting == 1, "taken over")
         proxy.heal()
+        proxy.bandwidth(300_000)
         core.until_state(connected=True)
         core.record("heat", n=count + 1, pad="live")
         until(lambda: not core.unconfirmed, "the state is confirmed")
