@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pty
+import random
 import subprocess
 import threading
+import time
 from typing import Any
 
 from tests.fleet.conftest import Fleet
@@ -106,3 +108,24 @@ def test_commands_beside_each_other_leave_the_right_document_behind(fleet: Fleet
     fleet.ok("job", "ping", "--device", "cam-1", "--wait", "--timeout", "30s")
     assert [job.seq for job in device.done] == list(range(1, 10))
     assert len({job.job_id for job in device.done}) == 9
+
+
+def test_a_watch_that_is_killed_again_and_again_misses_nothing(fleet: Fleet) -> None:
+    """What was acknowledged is stored: the broker keeps the rest for the next one."""
+    devices = [fleet.online(f"cam-{number}") for number in range(3)]
+    jobs = [fleet.ok("job", "store.gc", "--all")["job"] for _ in range(30)]
+    chance = random.Random(5)
+    for _ in range(8):
+        watching = fleet.start("watch", "--json", stdout=subprocess.PIPE)
+        assert watching.stdout is not None and watching.stdout.readline()  # it is at work
+        time.sleep(chance.uniform(0, 0.15))
+        watching.kill()
+        watching.wait(20)
+        watching.stdout.close()
+    fleet.ok("job", "ping", "--all", "--wait", "--timeout", "60s")
+    for job in jobs:
+        assert set(fleet.ok("job", "show", job, "--offline")["devices"][0]["said"]) >= {"state", "rev"}
+    listed = fleet.ok("job", "list", "--offline", "--last", "1000")["jobs"]
+    assert {state for row in listed for state in row["devices"].values()} == {"succeeded"}
+    for device in devices:
+        assert [job.job_id for job in device.done[:30]] == jobs and device.refused == {}
