@@ -8,7 +8,9 @@ user's file, or one that others could open, is not read. Any thread may call: a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import sqlite3
 import stat
 import threading
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.base.errors import AgentError, ConflictError, DamagedError, TryLaterError, UnsupportedError
-from agent.base.files import TEMPORARY_PREFIX, fsync_directory
+from agent.base.files import TEMPORARY_PREFIX, fsync_directory, read_bounded
 
 _SETTINGS = (
     "PRAGMA locking_mode = EXCLUSIVE",  # and so no -shm file: the index of the WAL is kept in memory
@@ -29,6 +31,8 @@ _SETTINGS = (
     "PRAGMA trusted_schema = OFF",
 )
 _SMALLEST_PAGE = 512
+#: Magic, page size, and twice that the file is used with a WAL (sqlite.org/fileformat2 1.3).
+_HEADER = re.compile(rb"SQLite format 3\x00..\x02\x02", re.DOTALL)
 HINT = "check the disk, and the owner and mode of the file; 'edge-agent jobs reset' moves it aside and begins a new one"
 
 
@@ -63,6 +67,7 @@ class Database:
             try:
                 _require_sound(connection)
                 self._carry_over(connection)
+                _require_tables(connection, self._versions)
             except BaseException:
                 connection.close()
                 raise
@@ -166,8 +171,13 @@ def translated(what: str, path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _trouble(error, what, path) from error
+    except UnicodeDecodeError as error:  # what SQLite says of a damaged table quotes it
+        raise DamagedError(f"cannot {what}: its tables make no sense: {path}", hint=HINT) from error
     except OSError as error:
-        raise DamagedError(f"cannot {what}: {error.strerror}: {path}", hint=HINT) from error
+        text = f"cannot {what}: {error.strerror}: {path}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+            raise TryLaterError(text, hint="free space, memory or descriptors") from error
+        raise DamagedError(text, hint=HINT) from error
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -188,18 +198,30 @@ def _require_sound(connection: sqlite3.Connection) -> None:
         raise sqlite3.DatabaseError(str(found).splitlines()[-1])
 
 
+def _require_tables(connection: sqlite3.Connection, versions: Sequence[Sequence[str]]) -> None:
+    """A damaged page may still read as tables, of other columns: those that there must be, and no others."""
+    told = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name"
+    with contextlib.closing(sqlite3.connect(":memory:")) as fresh:
+        for version in versions:
+            for statement in version:
+                fresh.execute(statement)
+        expected = fresh.execute(told).fetchall()
+    if [tuple(row) for row in connection.execute(told)] != expected:
+        raise sqlite3.DatabaseError("its tables are not those of a job journal")
+
+
 def _trouble(error: sqlite3.Error, what: str, path: Path) -> AgentError:
     """By text: Python 3.10 hands out no codes."""
     text = f"cannot {what}: {error}: {path}"
-    if "full" in str(error):
-        return TryLaterError(text, hint="free space on the disk")
+    if "full" in str(error) or "out of memory" in str(error):
+        return TryLaterError(text, hint="free space, memory or descriptors")
     if "locked" in str(error):
         return ConflictError(text, hint="stop the other agent on this folder")
     return DamagedError(text, hint=HINT)
 
 
 def _require_own_file(path: Path) -> None:
-    """Refuse a file that is not safely ours, or empty: ours never is. Raises OSError, DamagedError."""
+    """Refuse a file that is not ours, or no journal: to open it would change it. Raises OSError, DamagedError."""
     status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode):
         reason = "it is no regular file"
@@ -209,6 +231,8 @@ def _require_own_file(path: Path) -> None:
         reason = f"other users may open it (mode {stat.S_IMODE(status.st_mode):04o})"
     elif status.st_size < _SMALLEST_PAGE:
         reason = "there is nothing in it"  # SQLite would begin a new database
+    elif not _HEADER.match(read_bounded(path, 20)):
+        reason = "it does not begin like one"  # SQLite would delete its log
     else:
         return
     raise DamagedError(f"cannot open the job journal: {reason}: {path}", hint=HINT)

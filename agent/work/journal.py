@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Literal
 
 from agent.base.clock import Clock, iso
-from agent.base.errors import AgentError, PeerError, one_line
-from agent.work.database import Database
+from agent.base.errors import AgentError, DamagedError, PeerError, one_line
+from agent.work.database import HINT, Database
 from agent.work.jobs import Failure, JobStatus, Order, Progress, Refusal, move
 from agent.work.records import (
     INSERT,
@@ -29,6 +29,7 @@ from agent.work.records import (
     progress_columns,
     progress_of,
     record_of,
+    require_counters,
     status_of,
     understood,
     waiting_of,
@@ -70,6 +71,7 @@ class Journal:
         """Ready for use. DamagedError, TryLaterError, ConflictError, UnsupportedError say why not."""
         self._db.open()
         try:
+            self._require_counters()
             for row in self._db.read("SELECT * FROM jobs WHERE published < rev OR state IN ('queued', 'running')"):
                 with understood(self._path):
                     record_of(row)
@@ -80,6 +82,13 @@ class Journal:
             row["key"] for row in self._db.read("SELECT key FROM jobs WHERE cancel AND state IN ('queued', 'running')")
         }
         return self
+
+    def _require_counters(self) -> None:
+        rows = self._db.read("SELECT * FROM counters")
+        if len(rows) != 1:
+            raise DamagedError(f"cannot read the job journal: its counters are gone: {self._path}", hint=HINT)
+        with understood(self._path):
+            require_counters(rows[0])
 
     def close(self) -> None:
         """Harmless when repeated."""

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.base.files import TEMPORARY_PREFIX
 from agent.work.database import Database, translated, wal_of
 from agent.work.schema import VERSIONS
 
 #: No document has a higher counter (docs/spec/link.md 3).
 _CLOSED = (1 << 53) - 1
+#: More than a journal grows to.
+_MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +55,31 @@ def set_aside(path: Path, epoch: int, stamp: str, step: Callable[[str], None] = 
 
 
 def _salvaged(path: Path) -> tuple[int, ...] | None:
-    """The counters of a journal that may be damaged; None where they cannot be read."""
-    if not path.is_file() or path.is_symlink():
+    """The counters of a journal that may be damaged; None where they cannot be read. Raises OSError.
+
+    From a copy: SQLite deletes a log whose file it does not recognise.
+    """
+    if not path.is_file() or path.is_symlink() or path.stat().st_size > _MOST_BYTES:
         return None
+    copy = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-salvaged")
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=1.0)) as connection:
+        shutil.copyfile(path, copy)
+        if wal_of(path).is_file():
+            shutil.copyfile(wal_of(path), wal_of(copy))
+        row = _counters(copy)
+    finally:
+        for file in (copy, wal_of(copy)):
+            file.unlink(missing_ok=True)
+    if row is None or not all(isinstance(value, int) and 0 <= value <= _CLOSED for value in row):
+        return None
+    return row
+
+
+def _counters(path: Path) -> tuple[int, ...] | None:
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
             row = connection.execute("SELECT epoch, generation, seq, desired_version FROM counters").fetchone()
     except sqlite3.Error:
         return None
-    if row is None or not all(isinstance(value, int) and 0 <= value <= _CLOSED for value in row):
-        return None
-    return tuple(row)
+    return None if row is None else tuple(row)

@@ -88,8 +88,14 @@ def understood(path: Path) -> Iterator[None]:
     """What cannot be in a row that was written here means a damaged file: DamagedError."""
     try:
         yield
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         raise DamagedError(f"cannot read the job journal: a row makes no sense: {path}", hint=HINT) from error
+
+
+def require_counters(row: sqlite3.Row) -> None:
+    """What guards against replay must be numbers. TypeError, IndexError."""
+    for name in ("epoch", "generation", "seq", "desired_version"):
+        _whole(row[name])
 
 
 def order_columns(order: Order) -> dict[str, Any]:
