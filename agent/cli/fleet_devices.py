@@ -209,7 +209,7 @@ def _device_lines(document: Mapping[str, Any]) -> list[tuple[str, object]]:
         ("board", short["board"]),
         ("profile", short["profile"]),
         ("agent", short["agent"]),
-        ("started", info.get("boot_nonce")),
+        ("this start", info.get("boot_nonce")),
         (
             "models",
             ", ".join(f"{model.get('name')} {model.get('active') or '-'}" for model in reported.get("models") or ()),

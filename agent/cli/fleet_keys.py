@@ -250,13 +250,23 @@ def _sign(options: argparse.Namespace) -> int:
     _tell_signing(entries)
     confirm(f"Sign this as '{held[0].name}'?", yes=options.yes)
     (signer,) = keyring.open_signers(folder, held, passwords_of(options))
-    signed = [(device, add_signatures(envelope, [signer])) for device, envelope in entries]
+    if all(_has_signed(envelope, signer.keyid) for _, envelope in entries):
+        raise ConflictError(f"cannot sign {options.file}: '{held[0].name}' has signed it already")
+    signed = [
+        (device, envelope if _has_signed(envelope, signer.keyid) else add_signatures(envelope, [signer]))
+        for device, envelope in entries
+    ]
     write_atomically(options.file, json.dumps(export_envelopes(signed), indent=1).encode())
     if options.json:
         print_json({"file": str(options.file), "keyid": signer.keyid, "documents": len(entries)})
     else:
         print(f"signed {options.file} as {held[0].name}: {len(entries)} document{'s' * (len(entries) > 1)}")
     return 0
+
+
+def _has_signed(envelope: bytes, keyid: str) -> bool:
+    """Whether the key is among the signers of an envelope, which was read before."""
+    return any(each["keyid"] == keyid for each in json.loads(envelope)["signatures"])
 
 
 def read_export(path: Path) -> list[tuple[str, bytes]]:

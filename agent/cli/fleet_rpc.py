@@ -12,7 +12,7 @@ from typing import Any
 from agent.base.errors import PeerError
 from agent.base.files import write_atomically
 from agent.cli.commands import Commands
-from agent.cli.fleet_common import cell, duration, manual, opened, say, signers_for
+from agent.cli.fleet_common import cell, duration, manual, opened, say, signers_for, table
 from agent.cli.fleet_operations import arguments_of, question_rows, register_operations
 from agent.cli.terminal import EXIT_FAILED, megabytes, print_json
 from agent.fleet.asking import Answer, Asker, require_question
@@ -85,12 +85,20 @@ def _print(options: argparse.Namespace, answer: Answer, result: dict[str, Any]) 
     elif isinstance(lines, list):
         for line in lines:
             print(cell(line, 2000))
+    elif options.op == "jobs.list" and isinstance(result.get("jobs"), list):
+        _print_jobs(result["jobs"])
     elif "archive" in result:
         print(f"{len(result.get('files') or ())} files: {cell(', '.join(map(str, result.get('files') or ())))}")
         if options.out is None:
             say("--out FILE keeps them")
     else:
         print_json(result)
+
+
+def _print_jobs(jobs: list[Any]) -> None:
+    names = ("job_id", "op", "state", "phase", "step", "attempt", "at")
+    rows = [[job.get(name) for name in names] for job in jobs if isinstance(job, dict)]
+    table(("JOB", "OP", "STATE", "PHASE", "STEP", "STARTS", "SAID"), rows)
 
 
 def _save(path: Path, result: dict[str, Any]) -> None:

@@ -27,6 +27,8 @@ from agent.wire.topics import device_topic
 #: Within this the broker has sent what it retains of one device.
 _RETAINED_S = 1.0
 _REFUSED = 0x80
+#: Its answer is more than shown: states of jobs that were never heard.
+_LIST = "jobs.list"
 _GONE = "cannot ask '{}': it is offline"
 
 
@@ -67,6 +69,9 @@ class Asker:
             answer = self._wait(device, request, deadline)
             if answer is not None:
                 self._note(request, "failed" if answer.error else "answered")
+                if op == _LIST:
+                    with self._books.database.transaction():
+                        self._hearing.learn(answer, iso(self._clock.now()))
                 return Answer(answer, self._clock.monotonic() - start)
 
     def _hear_retained(self, device: Device) -> None:

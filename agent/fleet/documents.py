@@ -178,12 +178,13 @@ class Documents:
         if state.op != document.op or state.seq not in (0, document.seq):
             return "mismatch"
         row = self._sql.execute(
-            "SELECT rev, state, payload FROM states WHERE job_id = ? AND device = ? AND epoch = ?",
+            "SELECT rev, state FROM states WHERE job_id = ? AND device = ? AND epoch = ?",
             (state.job_id, state.device, state.epoch),
         ).fetchone()
         payload = state.encode().decode()
         if row is not None and state.rev <= row["rev"]:
-            return "duplicate" if payload == row["payload"] else "out_of_order"
+            same = (state.rev, state.state) == (row["rev"], row["state"])
+            return "duplicate" if same else "out_of_order"
         if row is not None and row["state"] in TERMINAL:
             return "after_end"
         self._sql.execute(

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from agent.base.errors import AgentError, PeerError, one_line
 from agent.fleet.books import Books
 from agent.fleet.registry import Device
@@ -156,6 +158,22 @@ class Hearing:
     def _rpc(self, device: Device, _: str, data: bytes, now: str) -> Event:
         answer = self._open(device, data, RpcAnswer)
         return Event("answer", device.name, answer.model_dump(mode="json", exclude_none=True), answer)
+
+    def learn(self, answer: RpcAnswer, now: str) -> list[Event]:
+        """States of jobs from a verified answer to ``jobs.list``: what was lost on the way is made up for."""
+        rows = (answer.result or {}).get("jobs")
+        events = []
+        for row in rows if isinstance(rows, list) else ():
+            told = {name: value for name, value in row.items() if value is not None} if isinstance(row, dict) else {}
+            # Which number the job had, and whether its clock could be trusted, is not in the list.
+            whole = {"tenant": answer.tenant, "device": answer.device, "epoch": answer.epoch, "seq": 0, **told}
+            try:
+                state = JobState.model_validate_json(json.dumps({"clock_trusted": False, **whole}))
+            except ValidationError:
+                continue
+            if self._documents.record(state, now) == "new":
+                events.append(Event("job", answer.device, state.model_dump(mode="json", exclude_none=True), state))
+        return events
 
     # -- plain --------------------------------------------------------------------------------------------------------
 

@@ -172,6 +172,8 @@ def test_destroying_needs_two_people(fleet: Fleet, second_person: Path) -> None:
     assert device.documents == [] and fleet.states(job) == {"cam-1": "draft"}
     signed = edge_fleet(second_person, "keys", "sign", str(file), "--yes")
     assert signed.status == 0 and 'model.remove (destroy) {"model": "digits"}' in signed.err
+    twice = edge_fleet(second_person, "keys", "sign", str(file), "--yes")
+    assert twice.status == 1 and "has signed it already" in twice.err
     assert fleet.ok("job", "submit", str(file), "--wait", "--timeout", "20s")["devices"][0]["state"] == "succeeded"
     assert [job.op for job in device.done] == ["model.remove"]
     assert "it is answered" in fleet.run("job", "submit", str(file)).err

@@ -6,6 +6,7 @@ from typing import Any
 
 from agent.wire import messages as wire
 from tests.fleet.conftest import Fleet
+from tests.fleet.device import now
 from tests.fleet.waiting import until
 
 
@@ -18,6 +19,26 @@ def test_a_question_is_answered(fleet: Fleet) -> None:
     assert plain.out == "one\nt\\x1b[31mwo\n"  # a log line never writes on the operator's terminal
     device.answers = lambda request: {"pong": True}
     assert "cam-1 answers after" in fleet.run("rpc", "ping", "--device", "cam-1").out
+
+
+def test_states_that_were_lost_are_learnt_from_the_device_s_own_list(fleet: Fleet) -> None:
+    """The broker lost them, or kept them for too short a time."""
+    device = fleet.online("cam-1")
+    device.plays = lambda job: ()
+    jobs = [fleet.ok("job", "store.gc", "--device", "cam-1")["job"] for _ in range(2)]
+    until(lambda: device.done, "the device has the first")
+    rows = [
+        {"job_id": jobs[0], "op": "store.gc", "state": "succeeded", "rev": 3, "attempt": 1, "at": now(), "phase": None},
+        {"job_id": jobs[1], "op": "store.scrub", "state": "succeeded", "rev": 1, "at": now()},  # another's
+        {"job_id": "made-up", "op": "store.gc", "state": "failed", "rev": 1, "attempt": 1, "at": now()},
+        {"job_id": jobs[1], "op": "store.gc", "state": "done"}, 7, None, {},
+    ]  # fmt: skip
+    device.answers = lambda request: {"jobs": rows}
+    listed = fleet.run("rpc", "jobs.list", "--device", "cam-1")
+    assert listed.status == 0 and "JOB" in listed.out
+    assert fleet.states(jobs[0]) == {"cam-1": "succeeded"} and fleet.states(jobs[1]) == {"cam-1": "sent"}
+    device.say_state(device.done[0], "queued")  # an older one that comes late changes nothing
+    assert fleet.states(jobs[0]) == {"cam-1": "succeeded"}
 
 
 def test_an_archive_is_kept_where_it_was_asked_for(fleet: Fleet) -> None:
