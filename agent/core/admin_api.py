@@ -6,6 +6,7 @@ caller that accepts ``application/x-ndjson``.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -175,7 +176,9 @@ class AdminApi:
     # -- the whole ------------------------------------------------------------------------------------------------
 
     async def _doctor(self, request: Request) -> Response:
-        return await self._do(request, "doctor", lambda tell: {"findings": self._diagnose()})
+        """Beside the operations: whoever asks may do so because the one under way does not end."""
+        findings = await asyncio.get_running_loop().run_in_executor(None, self._diagnose)
+        return json_response({"findings": findings})
 
     async def _do(self, request: Request, name: str, work: Callable[[Progress], dict[str, Any]]) -> Response:
         return json_response(await self._operations.run(name, work, request.progress))

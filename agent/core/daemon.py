@@ -394,7 +394,7 @@ class Core:
         }
 
     def _diagnose(self) -> list[dict[str, Any]]:
-        """The checks, on the operations' thread: probing a runtime takes up to a second."""
+        """The checks, off the event loop: probing a runtime takes up to a second, and a disk may hang."""
         checks: list[Callable[[], list[health.Finding]]] = [
             lambda: health.check_device(self._device),
             lambda: health.check_store(self._store),

@@ -23,6 +23,7 @@ from agent.store.age import AgeError, Header, parse_header
 from agent.store.document import BlobRef
 from agent.store.faults import reading
 from agent.store.memory import Plaintext, hold
+from agent.store.pace import Pace
 from agent.store.sealing import MAX_OWN_HEADER_BYTES
 from agent.store.stream import CHUNK_BYTES, NONCE_BYTES, SEALED_CHUNK_BYTES, Bytes
 
@@ -52,8 +53,9 @@ class Draft:
 class Blobs:
     """The folder of payloads and headers."""
 
-    def __init__(self, folder: Path, *, step: Step) -> None:
+    def __init__(self, folder: Path, pace: Pace, *, step: Step) -> None:
         self._folder = folder
+        self._pace = pace
         self._step = step
 
     def prepare(self) -> None:
@@ -117,6 +119,7 @@ class Blobs:
         with (
             self._open(ref) as fd,
             contextlib.closing(_decrypted(fd, ref.payload_size, file_key)) as pieces,
+            self._pace.timed("reading a model", ref.payload_size),
         ):
             return hold(pieces, ref.size)
 
@@ -169,7 +172,8 @@ class Blobs:
                 _write_all(file.fileno(), part)
                 payload_size += len(part)
             self._step("payload written")
-            os.fsync(file.fileno())
+            with self._pace.timed("writing a model", payload_size):
+                os.fsync(file.fileno())
         self._step("payload flushed")
         return Draft(path, sealed_digest.hexdigest(), payload_size, size, plain_digest.hexdigest())
 

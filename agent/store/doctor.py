@@ -27,7 +27,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What ``diagnose`` judges: the secret in use, all that there are, folder modes by path, names of foreign files."""
+    """What ``diagnose`` judges: the secret in use, all that there are, folder modes by path, names of foreign files.
+
+    ``slow``: what took the disk too long, in words.
+    """
 
     document: CatalogDocument
     secret: DeviceSecret
@@ -36,6 +39,7 @@ class Snapshot:
     modes: Mapping[str, int]
     foreign: Iterable[str]
     unreached_bytes: int
+    slow: Iterable[str] = ()
 
 
 def diagnose(seen: Snapshot) -> tuple[Finding, ...]:
@@ -88,6 +92,13 @@ def _about_files(seen: Snapshot) -> Iterable[Finding]:
     if foreign:
         shown = ", ".join(foreign[:3]) + (" …" if len(foreign) > 3 else "")
         yield Finding("foreign", "warning", f"files that the store did not make: {shown}", "move them away")
+    for text in seen.slow:
+        yield Finding(
+            "disk-slow",
+            "warning",
+            f"the disk is slow: {text}",
+            "see what else uses the disk; a card or flash that has become slow is worn: replace it",
+        )
     if seen.unreached_bytes:
         yield Finding(
             "unreached", "note", f"{seen.unreached_bytes} bytes that no version needs", "run 'edge-agent store gc'"

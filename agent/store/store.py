@@ -33,6 +33,7 @@ from agent.store.faults import storage
 from agent.store.headers import file_key, put_header, reseal
 from agent.store.keys import FILE_NEXT, DeviceSecret, Keys
 from agent.store.memory import Plaintext
+from agent.store.pace import Pace
 from agent.store.reports import DamagedBlob, GcReport, Progress, RotateReport, StoreStats, VerifyReport
 from agent.store.space import Space
 from agent.store.stream import NONCE_BYTES, Bytes
@@ -63,7 +64,8 @@ class Store:
         self._clock = clock or SystemClock()
         self._random = random
         self._step = step
-        self._blobs = Blobs(root / "blobs", step=step)
+        self._pace = Pace(self._clock.monotonic)
+        self._blobs = Blobs(root / "blobs", self._pace, step=step)
         self._catalog = Catalog(root, random=random, step=step)
         self._space = Space(root / "blobs", quota_bytes, self._used)
         self._lock = threading.RLock()
@@ -312,6 +314,7 @@ class Store:
                     modes={str(folder): folder.stat().st_mode for folder in folders},
                     foreign=foreign(self._blobs.files()),
                     unreached_bytes=self.stats().unreached_bytes,
+                    slow=self._pace.slow(),
                 )
             )
 
@@ -349,7 +352,8 @@ class Store:
         document = wanted.model_copy(update={"generation": max(numbers) + 1, "saved_at": iso(self._clock.now())})
         self._require_durable(now.document, document)
         with storage("cannot save catalog"):
-            saved = self._catalog.save(document, secret)
+            with self._pace.timed("saving the catalog"):
+                saved = self._catalog.save(document, secret)
             self._current, self._previous = saved, now
             for ref in saved.document.refs():
                 self._pending.pop(ref.payload, None)
