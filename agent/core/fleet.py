@@ -7,6 +7,7 @@ the device serving and says what mends it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -475,7 +476,7 @@ class Fleet:
             models_left_out=max(0, len(models) - _MOST_MODELS),
             jobs={"under_way": _lanes(self.runner), "problem": self.runner.problem or self.problem or None},
             maintenance=self._upkeep.short(),
-            refused=self.journal.refusals() if self._open else {},
+            refused=self._refusals(),
         )
 
     def drift(self, config: Config | None = None) -> list[dict[str, Any]]:
@@ -485,6 +486,12 @@ class Fleet:
     def _is_enrolled(self) -> bool:
         allegiance = self.enroller.allegiance
         return allegiance is not None and allegiance.device is not None
+
+    def _refusals(self) -> dict[str, int]:
+        """Empty where the journal cannot be read: that is told elsewhere."""
+        with contextlib.suppress(AgentError):
+            return self.journal.refusals() if self._open else {}
+        return {}
 
     def _facts(self) -> dict[str, Any]:
         device = self._within.device
@@ -632,7 +639,7 @@ class Fleet:
             "drift": self.drift(),
             "jobs": _lanes(self.runner),
             "alerts": self._telemetry.alerts,
-            "refused": self.journal.refusals() if self._open else {},
+            "refused": self._refusals(),
         }
 
 

@@ -50,11 +50,12 @@ class Twin:
 
     def reconcile(self) -> None:
         """See to it that what is desired is settled."""
-        if self._under_way or self._unsettled() is None:
+        if self._under_way:
             return
         try:
-            self._submit("apply what is desired", self._bring)
-            self._under_way = True
+            if self._unsettled() is not None:
+                self._submit("apply what is desired", self._bring)
+                self._under_way = True
         except AgentError as error:
             _LOG.warning("what is desired must wait: %s", error)
             self._later(_RETRY_S, self.reconcile)
@@ -102,11 +103,11 @@ class Twin:
 
     def drift(self, config: Config) -> list[dict[str, Any]]:
         """Where what holds is not what is desired."""
-        version, envelope = self._journal.desired()
-        if not version:
-            return []
         try:
+            version, envelope = self._journal.desired()
+            if not version:
+                return []
             wanted = decode(self._opened(envelope, Desired.KIND), Desired)
-        except AgentError:  # signed by a key that counts no more
+        except AgentError:  # signed by a key that counts no more, or the journal cannot be read
             return []
         return drift(wanted.config, config)

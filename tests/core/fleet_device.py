@@ -126,10 +126,13 @@ class Fleet:
 
     def desire(self, config: Mapping[str, Any], *signers: Signer) -> int:
         """The next desired state; its version."""
-        self.version += 1
-        message = Desired(**self.address(), version=self.version, config=dict(config))
-        self.say("dn/desired", self.sealed(message, *signers), retain=True)
+        self.say("dn/desired", self.sealed(self.desired_message(config), *signers), retain=True)
         return self.version
+
+    def desired_message(self, config: Mapping[str, Any]) -> Desired:
+        """The next desired state, unsigned."""
+        self.version += 1
+        return Desired(**self.address(), version=self.version, config=dict(config))
 
     def question(self, op: str, args: Mapping[str, Any] | None = None, **fields: Any) -> RpcRequest:
         """The next question."""
