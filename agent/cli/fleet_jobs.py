@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from agent.base.errors import RefusedError
+from agent.base.errors import RefusedError, TryLaterError
 from agent.base.files import write_atomically
 from agent.cli import fleet_job_list
 from agent.cli.commands import Commands
@@ -240,7 +240,10 @@ def _wait(fleet: Opened, options: argparse.Namespace, desk: Desk, job_id: str) -
             if left <= 0 or all(outcome.over for outcome in outcomes):
                 screen.draw([])
                 return outcomes
-            desk.pump(min(left, _POLL_S))
+            try:
+                desk.pump(min(left, _POLL_S))
+            except TryLaterError as error:
+                say(f"warning: {error}")
 
 
 def _lines(outcomes: Sequence[Outcome], most: int) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from agent.base.clock import iso
+from agent.base.errors import TryLaterError
 from agent.cli.commands import Commands
 from agent.cli.fleet_common import Opened, cell, choose_devices, duration, manual, opened
 from agent.cli.fleet_devices import FILTERS
@@ -33,6 +34,8 @@ _EXAMPLES = """\
 _DRAW_S = 0.5
 _POLL_S = 1.0
 _MOST_JOBS = 200
+#: What happened while nobody watched, and is not how things are.
+_MISSED = ("job", "announcement", "dropped")
 
 
 def register(commands: Commands, common: argparse.ArgumentParser) -> None:
@@ -68,20 +71,21 @@ class _Watcher:
         self._options = options
         self._chosen = chosen
         self._connected = True
+        self._connections = 1
 
     def run(self, desk: Desk, screen: Screen, end: float | None) -> None:
         """Until ``end`` on the clock, or an interruption, which is the ordinary way to end it."""
         clock = self._fleet.clock
         due = 0.0
-        desk.sync()
+        missed = desk.sync()
         live = screen.live and not self._options.json
         if not live:
             self._tell(self._present())
+            self._tell([event for event in missed if event.kind in _MISSED])
         try:
             while end is None or clock.monotonic() < end:
                 left = _POLL_S if end is None else min(_POLL_S, end - clock.monotonic())
-                events = desk.pump(min(left, _DRAW_S) if live else left)
-                self._note_connection(desk)
+                events = self._hear(desk, min(left, _DRAW_S) if live else left)
                 if not live:
                     self._tell(events)
                 elif (began := clock.monotonic()) >= due:
@@ -91,6 +95,13 @@ class _Watcher:
         except KeyboardInterrupt:
             if not live:
                 raise
+
+    def _hear(self, desk: Desk, timeout_s: float) -> list[Event]:
+        """What has come; a broker that does not answer for a while is an event, not the end."""
+        try:
+            return [*desk.pump(timeout_s), *self._note_connection(desk)]
+        except TryLaterError as error:
+            return [Event("trouble", "", {"text": str(error)})]
 
     def _present(self) -> list[Event]:
         """How things are, as events."""
@@ -109,12 +120,14 @@ class _Watcher:
             found.append(Event("job", document.device, data))
         return found
 
-    def _note_connection(self, desk: Desk) -> None:
-        if desk.broker.connected != self._connected:
-            self._connected = desk.broker.connected
-            if self._connected:
-                desk.sync_again()
-            self._tell([Event("connection", "", {"connected": self._connected, "broker": desk.broker.where})])
+    def _note_connection(self, desk: Desk) -> list[Event]:
+        """That the connection was lost or is there again, and then what had come meanwhile."""
+        broker = desk.broker
+        if (broker.connected, broker.connections) == (self._connected, self._connections):
+            return []
+        self._connected, self._connections = broker.connected, broker.connections
+        told = Event("connection", "", {"connected": self._connected, "broker": broker.where})
+        return [told, *desk.sync_again()] if self._connected else [told]
 
     # -- lines --------------------------------------------------------------------------------------------------------
 

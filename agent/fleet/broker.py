@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from agent.base.errors import ConfigError, DeadlineError, RefusedError, TryLaterError, UnsupportedError
+from agent.base.errors import ConfigError, DeadlineError, RefusedError, TryLaterError
 from agent.base.files import read_bounded
 from agent.fleet.folder import BrokerSettings, Folder
 
@@ -122,6 +122,11 @@ class Broker:
     def connected(self) -> bool:
         """Whether there is a connection at this moment; a lost one is made anew by itself."""
         return self._connected
+
+    @property
+    def connections(self) -> int:
+        """How often it was connected: more than once after an interruption."""
+        return self._connections
 
     @property
     def taken(self) -> int:
@@ -330,12 +335,8 @@ class Broker:
 
 
 def _paho() -> Any:
-    try:
-        import paho.mqtt.client as mqtt  # noqa: PLC0415 - only commands that talk to a broker need it
-    except ImportError as error:
-        raise UnsupportedError(
-            "cannot talk to a broker: paho-mqtt is not installed", hint="pip install 'edge-agent[fleet]'"
-        ) from error
+    import paho.mqtt.client as mqtt  # noqa: PLC0415 - only commands that talk to a broker need it
+
     return mqtt
 
 

@@ -6,6 +6,7 @@ before, it is never added to it unseen: ``changed`` makes the whole of the old o
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from agent.fleet.registry import Device
 from agent.trust.envelope import Signer, seal
 from agent.wire.messages import Desired
 
-#: Kept among the words: what the device was told last.
+#: Kept among the words: what the device was told last, and when.
 KIND = "desired"
 
 
@@ -77,11 +78,13 @@ def desire(
         )
     except (ValueError, TypeError) as error:
         raise PeerError("cannot desire that: it cannot be said in JSON") from error
-    books.words.hear(device.name, KIND, now, {"version": message.version, "config": message.config})
     try:
-        return seal(Desired.KIND, message.encode(), signers)
+        envelope = seal(Desired.KIND, message.encode(), signers)
     except ValueError as error:
         raise TooLargeError(f"cannot tell '{device.name}' how to be: {error}") from error
+    kept = {"version": message.version, "config": message.config, "envelope": base64.b64encode(envelope).decode()}
+    books.words.hear(device.name, KIND, now, kept)
+    return envelope
 
 
 def desired_of(books: Books, device: str) -> Mapping[str, Any]:

@@ -2,11 +2,13 @@
 
 Invariants: what was heard is stored before it is acknowledged; after each publication the books are asked again, so
 that of several commands at once the last one leaves the right document behind; only one command at a time has the
-persistent session, in which the broker keeps job states for us while nobody is there.
+persistent session, in which the broker keeps job states for us while nobody is there. A broker that was killed may have
+forgotten what was published last: after a lost connection, and some time after it was said, it is said again.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import secrets
@@ -15,10 +17,11 @@ from datetime import datetime, timedelta, timezone
 from types import TracebackType
 
 from agent.base.clock import Clock, iso
-from agent.base.errors import ConflictError, RefusedError
+from agent.base.errors import ConflictError, DeadlineError, RefusedError
 from agent.base.files import exclusive_lock, read_bounded
 from agent.fleet.books import Books
 from agent.fleet.broker import Broker, Outgoing
+from agent.fleet.desiring import KIND as DESIRED
 from agent.fleet.documents import Document
 from agent.fleet.folder import Folder, Settings, write_new
 from agent.fleet.hearing import Event, Hearing
@@ -47,6 +50,8 @@ class Desk:
         self._clock = clock
         self._hearing = Hearing(books, settings.tenant)
         self._rung: dict[str, tuple[int, int]] = {}
+        self._connection = 0
+        self._insist = False
         self._filters: set[str] = set()
         self._heard: set[str] = set()
         self._stack = contextlib.ExitStack()
@@ -61,7 +66,9 @@ class Desk:
             self.broker.subscribe({f"{ROOT}/{self._settings.tenant}/+/up/job/+": 1})
             self._stack = stack.pop_all()
         try:
+            self._connection = self.broker.connections
             self.ring(self._books.documents.devices_waiting())
+            self._remind()
         except BaseException:
             self._stack.close()
             raise
@@ -112,6 +119,7 @@ class Desk:
 
     def pump(self, timeout_s: float) -> list[Event]:
         """Take in what has come (waiting up to ``timeout_s`` for it), and move doorbells on. What was new."""
+        self._say_again_after_a_cut()
         messages = self.broker.receive(timeout_s)
         if not messages:
             return []
@@ -174,6 +182,19 @@ class Desk:
     def _listens_to(self, *filters: str) -> bool:
         return any(each in self._filters for each in filters)
 
+    def _say_again_after_a_cut(self) -> None:
+        if not self.broker.connected or self.broker.connections == self._connection:
+            return
+        now = self.broker.connections
+        self._rung.clear()
+        self._insist = True
+        try:
+            self.ring(self._books.documents.devices_waiting())
+            self._remind()
+            self._connection = now
+        finally:
+            self._insist = False
+
     # -- saying -------------------------------------------------------------------------------------------------------
 
     def ring(self, devices: Sequence[str]) -> int:
@@ -204,15 +225,35 @@ class Desk:
             return None
         return document
 
+    def _remind(self) -> None:
+        """Say once more what is desired of devices that have not reported it."""
+        reported = self._books.words.words("reported")
+        messages, now = [], iso(self._clock.now())
+        with self._books.database.transaction():
+            for device, word in self._books.words.words(DESIRED).items():
+                known = reported.get(device)
+                seen = known is not None and known.payload["desired_version"] >= word.payload["version"]
+                if seen or self._is_recent(word.received):
+                    continue
+                self._books.words.hear(device, DESIRED, now, word.payload)
+                topic = device_topic(self._settings.tenant, device, "dn/desired")
+                messages.append(Outgoing(topic, base64.b64decode(word.payload["envelope"]), retain=True))
+        self.say(messages)
+
     def _is_recent(self, published: str | None) -> bool:
-        if published is None:
+        if published is None or self._insist:
             return False
         moment = datetime.strptime(published, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
         return timedelta(0) <= self._clock.now() - moment < _AGAIN
 
     def say(self, messages: Sequence[Outgoing]) -> None:
-        """Publish. RefusedError where the broker's access list forbids it."""
-        for message, reason in zip(messages, self.broker.publish(messages), strict=True):
+        """Publish. RefusedError where the broker's access list forbids it, DeadlineError without its word."""
+        try:
+            reasons = self.broker.publish(messages)
+        except DeadlineError:
+            self._connection = 0  # said again as soon as it listens
+            raise
+        for message, reason in zip(messages, reasons, strict=True):
             if reason >= _REFUSED:
                 raise RefusedError(
                     f"cannot publish on {message.topic}: the broker refuses it (reason {reason:#x})",

@@ -6,6 +6,8 @@ import json
 import os
 import pty
 import random
+import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -108,6 +110,25 @@ def test_commands_beside_each_other_leave_the_right_document_behind(fleet: Fleet
     fleet.ok("job", "ping", "--device", "cam-1", "--wait", "--timeout", "30s")
     assert [job.seq for job in device.done] == list(range(1, 10))
     assert len({job.job_id for job in device.done}) == 9
+
+
+def test_what_a_killed_broker_has_forgotten_is_said_again(fleet: Fleet) -> None:
+    """It saves at intervals: what came after the last one is gone, sessions and doorbells alike."""
+    device = fleet.enrolled("cam-1")
+    watching = Watching(fleet, "--json")
+    until(lambda: watching.events("device"), "it watches")
+    job = fleet.ok("job", "store.gc", "--device", "cam-1")["job"]
+    fleet.ok("desired", "set", "log.level=debug", "--device", "cam-1")
+    fleet.broker.stop(signal.SIGKILL)
+    shutil.rmtree(fleet.scratch / "data")  # and its disk, to be sure
+    (fleet.scratch / "data").mkdir()
+    fleet.broker.start()
+    until(lambda: [e["connected"] for e in watching.events("connection")][-1:] == [True], "it is back")
+    fleet.connect(device)
+    until(lambda: [job.job_id for job in device.done] == [job], "the device has the job all the same")
+    until(lambda: [each.config for each in device.desired] == [{"log": {"level": "debug"}}], "and what is desired")
+    until(lambda: any(e["state"] == "succeeded" for e in watching.events("job")), "its end is heard")
+    watching.stop()
 
 
 def test_a_watch_that_is_killed_again_and_again_misses_nothing(fleet: Fleet) -> None:
