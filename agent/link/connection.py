@@ -328,7 +328,8 @@ class Connection:
             self._say(End(f"the broker refuses: {code}", code.value))
             return
         self.session_present = flags.session_present
-        self.window = min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW))
+        # One less than the broker takes: the device's own status goes beside what the publisher sends.
+        self.window = max(1, min(WINDOW, getattr(properties, "ReceiveMaximum", WINDOW + 1) - 1))
         self._max_packet = getattr(properties, "MaximumPacketSize", self._max_packet)
         self._keepalive_s = getattr(properties, "ServerKeepAlive", 0) or self._keepalive_s
         # Retained messages come with every connect: what a broker lost or we missed is heard then.

@@ -38,8 +38,9 @@ async def dial(host: str, port: int, tls: ssl.SSLContext | None, silence_s: floa
             f"cannot trust {host} port {port}: {error.verify_message}",
             hint="is this the right broker, its CA the configured one, and the clock right?",
         ) from error
-    except OSError as error:
-        raise TryLaterError(f"cannot reach {host} port {port}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no certificate could have
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise TryLaterError(f"cannot reach {host} port {port}: {reason or error}") from error
 
 
 async def _dial(host: str, port: int, tls: ssl.SSLContext | None, silence_s: float) -> socket.socket:
@@ -71,8 +72,8 @@ async def _look_up(host: str, port: int) -> list[Address]:
         try:
             known = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             found = [(family, address) for family, _, _, _, address in known]
-        except OSError as error:
-            found = error
+        except (OSError, UnicodeError) as error:  # a name that cannot be one
+            found = error if isinstance(error, OSError) else OSError(f"not a host name: {error}")
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(_settle, answer, found)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+from datetime import datetime
 from pathlib import Path
 
 from agent.base.errors import ConfigError, DamagedError
@@ -17,6 +18,7 @@ KEY_FILE = "client.key"
 CERTIFICATE_FILE = "client.crt"
 REQUEST_FILE = "client.csr"
 _MAX_BYTES = 65536
+_VERSION, _UTC_TIME = 0xA0, 0x17
 
 
 class Identity:
@@ -73,11 +75,19 @@ class Identity:
         write_atomically(self._certificate, certificate.encode())
 
 
-def tls_context(broker: Broker, own: tuple[str, str] | None) -> ssl.SSLContext | None:
-    """TLS towards ``broker``, None without. ``own``: certificate and key for a broker that names none. ConfigError."""
+def chain_of(broker: Broker, identity: Identity | None) -> tuple[str, str] | None:
+    """Certificate and key for ``broker``: those that the settings name, else the link's own where there are any."""
     if not broker.tls:
         return None
-    chain = (broker.cert_file, broker.key_file) if broker.cert_file and broker.key_file else own
+    if broker.cert_file and broker.key_file:
+        return broker.cert_file, broker.key_file
+    return identity.files() if identity is not None else None
+
+
+def tls_context(broker: Broker, chain: tuple[str, str] | None) -> ssl.SSLContext | None:
+    """TLS towards ``broker`` with this certificate and key; None without TLS. ConfigError names the file."""
+    if not broker.tls:
+        return None
     opened = broker.ca_file or "the system's certificates"
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the certificate and the name in it
@@ -96,6 +106,41 @@ def tls_context(broker: Broker, own: tuple[str, str] | None) -> ssl.SSLContext |
             hint="link's own user must be able to read the CA, the certificate and its key",
         ) from error
     return context
+
+
+def certificate_end(path: str) -> str | None:
+    """When the first certificate in a file ends (RFC 3339); None where that cannot be read.
+
+    By hand, RFC 5280 4.1: the ssl module does not tell of one's own certificate, and cryptography is too large for it.
+    """
+    try:
+        pem = read_bounded(Path(path), _MAX_BYTES).decode("ascii")
+        begin, end = pem.index(ssl.PEM_HEADER), pem.index(ssl.PEM_FOOTER)
+        der = ssl.PEM_cert_to_DER_cert(pem[begin : end + len(ssl.PEM_FOOTER)])
+        to_be_signed = _elements(_elements(der)[0][1])[0][1]
+        fields = [value for tag, value in _elements(to_be_signed) if tag != _VERSION]
+        tag, moment = _elements(fields[3])[1]  # serial, algorithm, issuer, then when it begins and when it ends
+        text = moment.decode("ascii")
+        if tag == _UTC_TIME:  # RFC 5280 4.1.2.5.1
+            text = ("19" if text[:2] >= "50" else "20") + text
+        return datetime.strptime(text, "%Y%m%d%H%M%SZ").strftime("%Y-%m-%dT%H:%M:%SZ")  # noqa: DTZ007 - Z is UTC
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _elements(data: bytes) -> list[tuple[int, bytes]]:
+    """Tag and content of each DER element in ``data``. IndexError where it ends too early."""
+    found, at = [], 0
+    while at < len(data):
+        tag, length, at = data[at], data[at + 1], at + 2
+        if length & 0x80:
+            octets = length & 0x7F
+            length, at = int.from_bytes(data[at : at + octets], "big"), at + octets
+        if at + length > len(data):
+            raise IndexError
+        found.append((tag, data[at : at + length]))
+        at += length
+    return found
 
 
 def read_password(broker: Broker) -> str | None:

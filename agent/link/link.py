@@ -22,7 +22,7 @@ from agent.base.files import read_bounded, write_atomically
 from agent.link.backoff import Backoff, Draw
 from agent.link.connection import LOST, NORMAL, WITH_WILL, Connection, End, Plan
 from agent.link.core_client import Core, CoreAbsentError, CoreRefusalError, Verdict
-from agent.link.identity import Identity, read_password, tls_context
+from agent.link.identity import Identity, certificate_end, chain_of, read_password, tls_context
 from agent.link.inbound import Inbound
 from agent.link.outbound import Outcome, Pending, Publisher
 from agent.link.outbox import Outbox
@@ -74,7 +74,8 @@ class Link:
         self._interrupt = asyncio.Event()
         self._to_confirm: dict[int | str, None] = {}
         self._confirm_due = asyncio.Event()
-        self._session = self._numbered = 0
+        self._session = 0
+        self._certificate_ends: str | None = None
         self._connected_with = 0  # version of the settings of the present connection
         self._connects = 0
         self._reason = "starting"
@@ -128,7 +129,7 @@ class Link:
         """One turn: settings where they are new, then messages; the next cursor."""
         if self._settings is None:
             await self._renew_settings()
-        if self._pending.left_out and not len(self._pending):
+        if self._pending.left_out and self._pending.has_room:
             self._pending.left_out = False
             cursor = ""
         answer = await self._core.outgoing(cursor, _POLL_S)
@@ -249,6 +250,7 @@ class Link:
             "session": self._session,
             "reconnects": max(0, self._connects - 1),
             "takeover": self._backoff.contested,
+            "certificate_ends": self._certificate_ends,
             "outbox": {"records": counts.records, "bytes": counts.bytes, "dropped": counts.dropped},
         }
 
@@ -275,7 +277,7 @@ class Link:
         """One connection, from dialling to its end."""
         inbound = Inbound(self._hand_in)
         try:
-            session = self._next_session()
+            session = self._last_session() + 1
             connection = Connection(self._plan(settings, session), inbound.take, lambda: self._ticked(began))
         except AgentError as error:
             self._disconnected(str(error))
@@ -303,12 +305,13 @@ class Link:
     def _plan(self, settings: Settings, session: int) -> Plan:
         broker = settings.broker
         assert broker is not None
-        own = self._identity.files() if settings.state == "enrolled" else None
+        chain = chain_of(broker, self._identity if settings.state == "enrolled" else None)
+        self._certificate_ends = certificate_end(chain[0]) if chain else None
         will = (settings.topic("up/status"), self._status(session, online=False, reason="lost", dated=False))
         return Plan(
             host=broker.host,
             port=broker.port,
-            tls=tls_context(broker, own),
+            tls=tls_context(broker, chain),
             client_id=settings.client_id,
             keepalive_s=broker.keepalive_s,
             username=broker.username,
@@ -332,7 +335,8 @@ class Link:
 
     def _connected(self, connection: Connection, settings: Settings, session: int) -> None:
         _LOG.info("connected to %s as %s", settings.broker and settings.broker.host, settings.client_id)
-        self._connection, self._session = connection, session
+        self._connection = connection
+        self._keep_session(session)
         self._connects += 1
         self._outcome.refused.clear()
         self._outbox.mark_backlog()
@@ -382,19 +386,19 @@ class Link:
         at = iso(self._clock.now()) if dated else None
         return json.dumps({"online": online, "session": session, "at": at, "reason": reason}).encode()
 
-    def _next_session(self) -> int:
-        """The number of the next session: it rises with each, over restarts too while the disk takes it."""
+    def _last_session(self) -> int:
+        """The number of the last session. It rises with each, over restarts too while the disk takes it."""
         try:
-            last = int(read_bounded(self._session_file, 32))
+            return max(int(read_bounded(self._session_file, 32)), self._session)
         except (OSError, ValueError):
-            last = 0
-        number = max(last, self._numbered) + 1
-        self._numbered = number
+            return self._session
+
+    def _keep_session(self, number: int) -> None:
+        self._session = number
         try:
             write_atomically(self._session_file, b"%d" % number)
         except OSError as error:
             _LOG.warning("cannot keep the number of the session: %s", error)
-        return number
 
     def _ticked(self, began: float) -> None:
         settings = self._settings

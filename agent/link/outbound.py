@@ -46,6 +46,7 @@ class Pending:
 
     def __init__(self) -> None:
         self._items: dict[int, Item] = {}
+        self._ids: set[int | str] = set()
         self._serial = 0
         self._bytes = 0
         #: By topic: when it may be tried again after a refusal, and how long it was paused.
@@ -56,9 +57,16 @@ class Pending:
     def __len__(self) -> int:
         return len(self._items)
 
+    @property
+    def has_room(self) -> bool:
+        """Enough to fetch what was left out. Not emptiness: what the broker refuses may stay for ever."""
+        return len(self._items) < MOST_MESSAGES // 2 and self._bytes < MOST_BYTES // 2
+
     def put(self, messages: Iterable[Message], now: float) -> None:
-        """Take messages over, in order. Of a retained topic only the latest stays."""
+        """Take messages over, in order; not what is here already. Of a retained topic only the latest stays."""
         for message in messages:
+            if message.id in self._ids:
+                continue
             if message.retain:
                 self._drop(item for item in self._items.values() if item.message.topic == message.topic)
             if self._full(message) and not self._make_room(message):
@@ -66,6 +74,7 @@ class Pending:
                 continue
             self._serial += 1
             self._items[self._serial] = Item(message, self._serial, now)
+            self._ids.add(message.id)
             self._bytes += len(message.payload)
 
     def _full(self, message: Message) -> bool:
@@ -89,6 +98,7 @@ class Pending:
         """It is done with."""
         if self._items.pop(item.serial, None) is not None:
             self._bytes -= len(item.message.payload)
+            self._ids.discard(item.message.id)
 
     def take(self, now: float) -> Item | None:
         """The next message to publish: answers, states, alerts, each in order; None while there is none."""
@@ -134,6 +144,7 @@ class Pending:
     def clear(self) -> None:
         """Forget everything: the messages were for another device, or for nobody."""
         self._items.clear()
+        self._ids.clear()
         self._paused.clear()
         self._bytes = 0
         self.left_out = False

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+import ssl
+import tempfile
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.base.errors import DamagedError
-from agent.link.identity import Identity
+from agent.link.identity import Identity, certificate_end
 from tests.link.broker import TENANT, Broker, until
 from tests.link.certificates import Authority
 from tests.link.device import LinkProcess
@@ -113,6 +117,32 @@ def test_no_will_and_no_status_before_enrolment(broker: Broker, link: LinkProces
 @pytest.fixture
 def identity(tmp_path: Path) -> Identity:
     return Identity(tmp_path)
+
+
+@pytest.mark.parametrize("days", [-1, 30, 365 * 40])
+def test_the_end_of_a_certificate_is_read_as_others_read_it(days: int, tmp_path: Path) -> None:
+    certificate, _ = Authority("CA").issue(tmp_path, "c", "d1", organization="acme", host="localhost", days=days)
+    known = x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
+    assert certificate_end(str(certificate)) == known.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@given(st.binary(max_size=300), st.integers(0, 2000), st.binary(min_size=1, max_size=3))
+def test_what_is_no_certificate_has_no_end(noise: bytes, place: int, change: bytes) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        path = Path(file.name)
+        good = _PEM[: place % len(_PEM)] + change + _PEM[place % len(_PEM) + len(change) :]
+        for content in (noise, good, _PEM[: place % len(_PEM)], _wrapped(noise)):
+            path.write_bytes(content)
+            found = certificate_end(file.name)
+            assert found is None or len(found) == 20
+    assert certificate_end("/nowhere") is None
+
+
+_PEM = Authority("CA").pem
+
+
+def _wrapped(der: bytes) -> bytes:
+    return ssl.DER_cert_to_PEM_cert(der).encode()
 
 
 def test_certificate_and_key_belong_together(identity: Identity, tmp_path: Path) -> None:

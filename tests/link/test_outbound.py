@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.link.outbound import ANSWER_S, MOST_BYTES, MOST_MESSAGES, Item, Outcome, Pending
 from agent.link.settings import Kind, Message
 
+_numbers = itertools.count(1000)
+
 
 def message(
-    topic: str,
-    kind: Kind = "state",
-    *,
-    number: int = 0,
-    retain: bool = False,
-    confirm: bool | None = None,
-    size: int = 1,
+    topic: str, kind: Kind = "state", *, number: int | None = None, retain: bool = False, size: int = 1
 ) -> Message:
-    return Message(number, topic, kind, retain, kind == "state" if confirm is None else confirm, bytes(size))
+    number = next(_numbers) if number is None else number
+    return Message(number, topic, kind, retain, kind == "state", bytes(size))
 
 
 def names(pending: Pending, now: float = 0.0) -> list[str]:
@@ -97,12 +96,28 @@ def test_what_has_to_be_confirmed_gives_way_to_what_would_not_come_again() -> No
     assert "up/alert/a" in names(pending)
 
 
+def test_what_core_gives_again_is_not_here_twice_and_what_was_left_out_is_asked_for_again() -> None:
+    pending = Pending()
+    everything = [message(f"up/job/{n}", number=n) for n in range(MOST_MESSAGES + 100)]
+    pending.put(everything, 0)
+    assert pending.left_out
+    assert not pending.has_room
+    stuck = pending.take(0)
+    pending.refused(stuck, 0)
+    while not pending.has_room:
+        pending.taken(pending.take(1))
+    assert len(pending) > 0, "what is refused does not stand in the way"
+    pending.put(everything, 1)
+    held = [item.message.id for item in pending._items.values()]
+    assert len(held) == len(set(held))
+
+
 def _messages() -> st.SearchStrategy[Message]:
     return st.builds(
         message,
         st.sampled_from(["up/job/1", "up/job/2", "up/info", "up/alert/a", "up/rpc"]),
         st.sampled_from(["state", "rpc", "alert"]),
-        number=st.integers(0, 9),
+        number=st.integers(0, 99),
         retain=st.booleans(),
         size=st.integers(0, 200_000),
     )
