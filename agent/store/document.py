@@ -125,7 +125,9 @@ def _check_version(name: str, version: str, entry: VersionEntry) -> None:
 
 def encode(document: CatalogDocument) -> tuple[bytes, CatalogDocument]:
     """UTF-8 JSON of a document, and the document as a reader will have it. PeerError names what is wrong."""
-    data = document.model_dump_json().encode()
+    # A device without a fleet writes what an agent that knows of none can read.
+    unused = {"fleet"} if document.fleet == FleetEntry() else None
+    data = document.model_dump_json(exclude=unused).encode()
     return data, decode(data)
 
 

@@ -11,6 +11,7 @@ import pytest
 from agent.cli import device, fleet
 from agent.cli.commands import sentence
 from agent.wire.ops import OPS
+from agent.wire.ops import OPS
 from tests.core.conftest import ROOT
 
 REFERENCE = ROOT / "docs" / "reference"
