@@ -110,7 +110,7 @@ def test_a_core_that_dies_again_and_again_gets_everything_in_the_end(broker: Bro
 
 
 def test_without_core_nothing_is_acknowledged_whatever_happens_to_the_link(broker: Broker, link: LinkProcess) -> None:
-    operator = broker.operator()
+    operator = broker.operator("d1/up/job/1")
     with core_at(broker, link, broker.port) as core:
         link.start()
         core.until_state(connected=True)
@@ -130,6 +130,8 @@ def test_without_core_nothing_is_acknowledged_whatever_happens_to_the_link(broke
         core.fail = lambda topic, payload: None
         core.start()
         until(lambda: core.taken == [("dn/job", b"the job")], "the job comes when core is there")
+        core.say("up/job/1", b"later than the acknowledgement, on the same connection")
+        until(lambda: operator.on("d1/up/job/1"), "the acknowledgement has arrived")
         link.stop(signal.SIGKILL)
         link.start()
         core.until_state(connected=True)
