@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -21,21 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from agent.trust.envelope import PublicKey, Signer, open_envelope, peek_payload, seal
-from agent.wire.messages import (
-    Desired,
-    Info,
-    Job,
-    JobDocument,
-    JobState,
-    Reported,
-    RpcAnswer,
-    RpcRequest,
-    decode,
-)
-from agent.wire.ops import OPS
+from agent.trust.envelope import PublicKey, Signer, open_envelope, peek_payload
+from agent.wire.messages import Info, JobState, Reported, RpcAnswer, decode
 from tests.core.conftest import Agent
-from tests.link.broker import TENANT, Broker, Operator, until
+from tests.core.desk import Desk, Keys
+from tests.link.broker import Broker, Operator, until
 from tests.link.device import LinkProcess
 
 ENDED = ("succeeded", "failed", "rejected", "cancelled")
@@ -44,65 +33,16 @@ PATIENCE_S = 60.0
 _SIGNED = {"up/info": Info, "up/reported": Reported, "up/rpc": RpcAnswer}
 
 
-def public(signer: Signer) -> str:
-    """As it stands in files and messages."""
-    return base64.b64encode(signer.public.raw).decode()
-
-
-class Keys:
-    """Who may tell the device what: ``admin`` everything, ``second`` is for destroying, ``watcher`` only looks."""
-
-    def __init__(self) -> None:
-        self.admin, self.second, self.watcher, self.stranger = (Signer(secrets.token_bytes(32)) for _ in range(4))
-
-    def rows(self) -> list[tuple[str, str, tuple[str, ...]]]:
-        """Name, public key and classes."""
-        return [
-            ("admin", public(self.admin), ("observe", "change", "destroy")),
-            ("second", public(self.second), ("destroy",)),
-            ("watcher", public(self.watcher), ("observe",)),
-        ]
-
-    def trust(self, device: str, epoch: int = 1, tenant: str = TENANT) -> str:
-        """``trust.toml`` of a device that obeys them."""
-        lines = [f'tenant = "{tenant}"', f'device = "{device}"', f"epoch = {epoch}"]
-        for name, key, classes in self.rows():
-            lines += ["[[keys]]", f'name = "{name}"', f'public = "{key}"', f"classes = {json.dumps(classes)}"]
-        return "\n".join(lines) + "\n"
-
-
-class Fleet:
+class Fleet(Desk):
     """The operator of one device: gives jobs and questions, and hears what the device says."""
 
     def __init__(self, operator: Operator, keys: Keys, device: str, epoch: int = 1) -> None:
-        self.operator, self.keys, self.device, self.epoch = operator, keys, device, epoch
-        self.generation = self.seq = self.version = self.number = 0
+        super().__init__(keys, device, epoch, lambda: str(self.info["boot_nonce"]))
+        self.operator = operator
         self._identity: PublicKey | None = None
         self._read: dict[bytes, dict[str, Any]] = {}
 
     # -- saying -------------------------------------------------------------------------------------------------------
-
-    def address(self, **other: Any) -> dict[str, Any]:
-        """Tenant, device and enrolment of every message."""
-        return {"tenant": TENANT, "device": self.device, "epoch": self.epoch, **other}
-
-    def job(self, op: str, args: Mapping[str, Any] | None = None, **fields: Any) -> Job:
-        """The next job."""
-        self.seq += 1
-        kind = OPS[op].kind if op in OPS else "change"
-        known = {"job_id": f"j{self.seq}", "seq": self.seq, "op": op, "kind": kind, "args": dict(args or {})}
-        return Job(**{**known, **fields})
-
-    def document(self, job: Job | None = None, cancel: Sequence[str] = (), **fields: Any) -> JobDocument:
-        """The next document."""
-        self.generation += 1
-        return JobDocument(
-            **{**self.address(), "generation": self.generation, "job": job, "cancel": list(cancel), **fields}
-        )
-
-    def sealed(self, message: Any, *signers: Signer) -> bytes:
-        """Signed by the admin, unless told otherwise."""
-        return seal(message.KIND, message.encode(), signers or (self.keys.admin,))
 
     def say(self, rest: str, payload: bytes, *, retain: bool = False) -> None:
         """Let the broker have it."""
@@ -128,17 +68,6 @@ class Fleet:
         """The next desired state; its version."""
         self.say("dn/desired", self.sealed(self.desired_message(config), *signers), retain=True)
         return self.version
-
-    def desired_message(self, config: Mapping[str, Any]) -> Desired:
-        """The next desired state, unsigned."""
-        self.version += 1
-        return Desired(**self.address(), version=self.version, config=dict(config))
-
-    def question(self, op: str, args: Mapping[str, Any] | None = None, **fields: Any) -> RpcRequest:
-        """The next question."""
-        self.number += 1
-        known = {"rpc_id": f"r{self.number}", "n": self.number, "boot_nonce": self.nonce, "op": op}
-        return RpcRequest(**{**self.address(), **known, "args": dict(args or {}), **fields})
 
     def ask(self, op: str, args: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Ask, and wait for the answer."""
@@ -227,10 +156,6 @@ class Fleet:
     @property
     def reported(self) -> dict[str, Any]:
         return self.last("up/reported")
-
-    @property
-    def nonce(self) -> str:
-        return str(self.info["boot_nonce"])
 
     def reports(self, what: str, holds: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         """Wait until ``up/reported`` is so."""

@@ -113,7 +113,7 @@ def test_the_device_serves_on_and_says_what_mends_it(hurt: Agent, hurt_by: str) 
     assert [row for row in hurt.json("doctor")["findings"] if row["check"] == "journal"] == []
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [0, 5, 10])
 @pytest.mark.parametrize("damage", [flip, zero_page])
 def test_wherever_the_damage_is_the_daemon_starts_and_serves(hurt: Agent, damage, seed: int) -> None:
     """It may go unnoticed where it means nothing, or be told; it may not keep the device down or make it loop."""
