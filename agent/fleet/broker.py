@@ -75,6 +75,7 @@ class Broker:
         self._taken = 0
         self._connections = 0
         self._connected = False
+        self._resumed = False
         self._verdict: str | None = None
         self._published: dict[int, int] = {}
         self._granted: dict[int, list[int]] = {}
@@ -122,6 +123,11 @@ class Broker:
     def connected(self) -> bool:
         """Whether there is a connection at this moment; a lost one is made anew by itself."""
         return self._connected
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the broker still had the session: else it kept nothing for us."""
+        return self._resumed
 
     @property
     def connections(self) -> int:
@@ -227,6 +233,7 @@ class Broker:
             else:
                 self._connections += 1
                 self._connected = True
+                self._resumed = bool(flags.session_present)
                 if self._filters and self._connections > 1:
                     client.subscribe(list(self._filters.items()))
             self._changed.notify_all()

@@ -66,9 +66,8 @@ class Desk:
             self.broker.subscribe({f"{ROOT}/{self._settings.tenant}/+/up/job/+": 1})
             self._stack = stack.pop_all()
         try:
-            self._connection = self.broker.connections
-            self.ring(self._books.documents.devices_waiting())
-            self._remind()
+            # Without a session the broker kept no answers: who has answered is asked to do so again.
+            self._ring_all(insist=session_s > 0 and not self.broker.resumed)
         except BaseException:
             self._stack.close()
             raise
@@ -185,9 +184,13 @@ class Desk:
     def _say_again_after_a_cut(self) -> None:
         if not self.broker.connected or self.broker.connections == self._connection:
             return
-        now = self.broker.connections
         self._rung.clear()
-        self._insist = True
+        self._ring_all(insist=True)
+
+    def _ring_all(self, *, insist: bool) -> None:
+        """Everything that is to be said. ``insist``: also what was said a short time ago."""
+        now = self.broker.connections
+        self._insist = insist
         try:
             self.ring(self._books.documents.devices_waiting())
             self._remind()

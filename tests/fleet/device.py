@@ -160,6 +160,7 @@ class SimulatedDevice:
         self.answers: Callable[[wire.RpcRequest], Mapping[str, Any] | None] = lambda request: {"pong": True}
         self.result: Mapping[str, Any] | None = None
         self._rev: Counter[str] = Counter()
+        self._said: dict[str, bytes] = {}
         self._reported = 0
         self._connection: Connection | None = None
 
@@ -265,7 +266,8 @@ class SimulatedDevice:
         )
 
     def say_state(self, job: wire.Job, *state: Any, wait: bool = True) -> None:
-        self.connection.publish(self.topic(f"up/job/{job.job_id}"), self.seal(self.state(job, *state)), wait=wait)
+        self._said[job.job_id] = said = self.seal(self.state(job, *state))
+        self.connection.publish(self.topic(f"up/job/{job.job_id}"), said, wait=wait)
 
     def alert(self, name: str, text: str | None) -> None:
         payload = b"" if text is None else json.dumps({"id": name, "level": "warning", "text": text}).encode()
@@ -308,6 +310,8 @@ class SimulatedDevice:
         if document.cancel or document.job is None:
             self.allegiance.require_class(keyids, "change", 1)
         if document.generation == self.generation:
+            if document.job is not None and (last := self._said.get(document.job.job_id)) is not None:
+                self.connection.publish(self.topic(f"up/job/{document.job.job_id}"), last, wait=False)
             return
         if document.generation < self.generation:
             raise EnvelopeError("old_generation", "there was a later one")

@@ -150,3 +150,14 @@ def test_a_watch_that_is_killed_again_and_again_misses_nothing(fleet: Fleet) -> 
     assert {state for row in listed for state in row["devices"].values()} == {"succeeded"}
     for device in devices:
         assert [job.job_id for job in device.done[:30]] == jobs and device.refused == {}
+
+
+def test_answers_that_nobody_kept_are_asked_for_again(fleet: Fleet) -> None:
+    """The operator's session at the broker was lost, or there never was one, while the device answered."""
+    device = fleet.online("cam-1")
+    job = fleet.ok("job", "store.gc", "--device", "cam-1")["job"]
+    (fleet.folder / "session.id").write_text("0123456789abcdef")  # another name: nothing was kept for that
+    until(lambda: device.done, "the device has it")
+    fleet.ok("job", "list")
+    until(lambda: fleet.states(job) == {"cam-1": "succeeded"}, "it says again what became of it")
+    assert len(device.done) == 1
