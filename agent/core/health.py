@@ -6,6 +6,7 @@ A finding tells what was found, what it means and what mends it. Checks only loo
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,6 +113,16 @@ def check_store(store: Store) -> list[Finding]:
     if stats.disk_free_bytes < _LEAST_FREE_BYTES:
         found.append(Finding("disk", "warning", f"{stats.disk_free_bytes >> 20} MB free", "free some space"))
     return found or [Finding("store", "ok", f"generation {stats.generation}, {stats.blobs} blobs")]
+
+
+def check_private(folders: Iterable[Path]) -> list[Finding]:
+    """Whether nobody else can look into them. One that is not there is another check's affair."""
+    found = []
+    for folder in folders:
+        mode = stat.S_IMODE(folder.stat().st_mode) if folder.is_dir() else 0
+        if mode & 0o077:
+            found.append(Finding("mode", "warning", f"{folder} has mode {mode:04o}", f"chmod go-rwx {folder}"))
+    return found
 
 
 def check_clock(year: int) -> list[Finding]:

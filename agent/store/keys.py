@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from agent.base.errors import DamagedError, RefusedError, UnsupportedError
-from agent.base.files import TEMPORARY_PREFIX, fsync_directory, read_bounded, write_atomically
+from agent.base.files import TEMPORARY_PREFIX, fsync_directory, read_bounded, require_own, write_atomically
 from agent.store.age import Identity, hkdf_sha256
 
 SECRET_BYTES = 32
@@ -97,6 +97,8 @@ class DeviceKeys:
 
     def load(self, *, create: bool) -> tuple[DeviceSecret, ...]:
         """See ``Keys``. RefusedError for wrong owner or mode, DamagedError for a wrong size or a missing secret."""
+        if self._folder.exists():
+            require_own(self._folder)  # whoever may write to it puts a secret of his own there
         self._drop_temporaries()
         found = [*self._from_credentials(), *self._from_files()]
         if not found:
