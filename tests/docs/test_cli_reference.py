@@ -11,7 +11,6 @@ import pytest
 from agent.cli import device, fleet
 from agent.cli.commands import sentence
 from agent.wire.ops import OPS
-from agent.wire.ops import OPS
 from tests.core.conftest import ROOT
 
 REFERENCE = ROOT / "docs" / "reference"
