@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _MOST_WAIT_S = 60.0
 _MOST_IDS = 4096
-#: As ``agent.trust.envelope.MAX_ENVELOPE_BYTES``.
-MAX_ENVELOPE_BYTES = 64 << 10
+#: The largest packet that link takes: an envelope that is too large is refused by whoever counts refusals.
+_MOST_BODY = 128 << 10
 _MOST_CSR = 4096
 #: Link speaks every 30 s while it lives.
 _SILENT_S = 100.0
@@ -108,9 +108,7 @@ class LinkApi:
         """The table."""
 
         def row(method: str, path: str, handler: Callable[[Request], Any], deadline_s: float = 30.0) -> Route:
-            return Route(
-                method, f"/v1/link/{path}", CARRY, handler, body_bytes=MAX_ENVELOPE_BYTES, deadline_s=deadline_s
-            )
+            return Route(method, f"/v1/link/{path}", CARRY, handler, body_bytes=_MOST_BODY, deadline_s=deadline_s)
 
         return [
             row("GET", "settings", lambda request: json_response(self._fleet.link_settings())),

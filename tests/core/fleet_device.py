@@ -302,11 +302,14 @@ class FleetDevice(Agent):
 
 
 @contextmanager
-def connected(folder: Path, name: str = "cam-1", **options: Any) -> Iterator[FleetDevice]:
+def connected(
+    folder: Path, name: str = "cam-1", *, broker: Broker | None = None, **options: Any
+) -> Iterator[FleetDevice]:
     """A device that is connected, with a broker of its own in the same folder."""
-    place = folder / "broker"
-    place.mkdir(parents=True)
-    with Broker(place) as broker, FleetDevice(folder, broker, name, **options) as device:
+    if broker is None:
+        (folder / "broker").mkdir(parents=True)
+        broker = Broker(folder / "broker")
+    with broker, FleetDevice(folder, broker, name, **options) as device:
         os.chmod(folder, 0o755)
         device.connect()
         yield device
