@@ -84,6 +84,10 @@ def binary(size, shape=(1, 16), length=None, data=b""):
     return infer(head, f"Inference-Header-Content-Length: {len(head) if length is None else length}", tail=data)
 
 
+def chunked(data):
+    return b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + data
+
+
 def check_good(device):
     status, body = exchange(device, infer(tensor()))
     assert status == 200, body
@@ -103,6 +107,7 @@ ZOO = {
     "wrong name": (infer(tensor(name="z")), 400, "z"),
     "no name": (infer({"inputs": [{"datatype": "FP32", "shape": [1], "data": [1]}]}), 400, "name"),
     "no inputs": (infer({"inputs": []}), 400, "input"),
+    "one too many": (infer({"inputs": [*tensor()["inputs"], *tensor(name="extra")["inputs"]]}), 400, "extra"),
     "given twice": (infer({"inputs": tensor()["inputs"] * 2}), 400, "x"),
     "inputs is no list": (infer({"inputs": 7}), 400, "inputs"),
     "text for a number": (infer(tensor(data=["one"] * 16)), 400, "x"),
@@ -112,6 +117,11 @@ ZOO = {
     "not JSON": (infer(b"hello"), 400, "JSON"),
     "not UTF-8": (infer(b'{"id": "\xff"}'), 400, "UTF-8"),
     "nested 100,000 deep": (infer(b"[" * 100_000), 400, "nested"),
+    "objects nested 100,000 deep": (infer(b'{"a":' * 100_000), 400, "nested"),
+    "data nested 100,000 deep": (
+        infer(json.dumps(tensor(data="?")).encode().partition(b'"?"')[0] + b"[" * 100_000), 400, "nested",
+    ),
+    "1e400": (infer(json.dumps(tensor()).replace("15.0", "1e400").encode()), 400, ""),
     "empty body": (infer(b""), 400, ""),
     "a number of 5,000 digits": (infer(b'{"inputs": [{"data": [' + b"9" * 5000 + b"]}]}"), 400, ""),
     "binary size lies high": (binary(1 << 40, data=X.tobytes()), 400, "binary_data_size"),
@@ -125,11 +135,19 @@ ZOO = {
     "unknown version": (infer(tensor(), path="/v2/models/m/versions/9/infer"), 404, "9"),
     "unknown path": (b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n", 404, ""),
     "wrong method": (b"DELETE /v2/models/m HTTP/1.1\r\nHost: x\r\n\r\n", 405, ""),
+    "negative content length": (b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n", 400, ""),
+    "content length of 40 digits": (
+        b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 40 + b"\r\n\r\n", 413, "",
+    ),
     "two content lengths": (infer(tensor(), "Content-Length: 3"), 400, ""),
     "chunked with a length": (infer(tensor(), "Transfer-Encoding: chunked"), 400, ""),
-    "bad chunk": (
-        b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400, "chunk",
-    ),
+    "bad chunk": (chunked(b"zz\r\n"), 400, "chunk"),
+    "negative chunk": (chunked(b"-4\r\nWiki\r\n"), 400, "chunk"),
+    "huge chunk": (chunked(b"FFFFFFFFFFFFFFFFFF\r\n"), 413, ""),
+    "chunk that is longer than it says": (chunked(b"4\r\nWikipedia\r\n"), 400, "chunk"),
+    "chunk without an end": (chunked(b"4;" + b"x" * 100_000), 400, "chunk"),
+    "chunks beyond the limit": (chunked((b"100000\r\n" + b" " * (1 << 20) + b"\r\n") * 9), 413, ""),
+    "chunks of a byte": (chunked(b"1\r\n{\r\n" * 200_000), 400, "chunks"),
     "1 GB announced": (b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1073741824\r\n\r\n", 413, ""),
     "10 MB of headers": (b"GET /v2 HTTP/1.1\r\nHost: x\r\n" + b"A: " + b"b" * 10_000_000 + b"\r\n\r\n", 431, ""),
     "thousands of headers": (b"GET /v2 HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 2_000 + b"\r\n", 431, ""),
@@ -149,11 +167,23 @@ def test_each_bad_request_gets_its_status_and_the_next_good_one_its_answer(serve
     check_good(served)
 
 
-def test_one_byte_a_second_is_cut_at_the_deadline(served):
+@pytest.mark.parametrize(
+    ("first", "slowly"),
+    [
+        (b"", b"POST /v2/models/m/infer HTTP/1.1\r\n"),
+        (b"POST /v2/models/m/infer HTTP/1.1\r\nHost: x\r\n", b"Accept: application/json, text/plain"),
+        (infer(b"")[:-5] + b"900\r\n\r\n", b'{"inputs": [{"name": "x", "datatype": "FP32"'),
+        (chunked(b""), b"2d;a-long-extension-of-a-chunk=and-its-value"),
+        (chunked(b"400\r\n"), b'{"inputs": [{"name": "x", "datatype": "FP32"'),
+    ],
+    ids=["request line", "headers", "body", "chunk's head", "chunk"],
+)
+def test_one_byte_a_second_is_cut_at_the_deadline(served, first, slowly):
     with connect(served) as sock:
         start = time.monotonic()
         answer = b""
-        for byte in b"POST /v2/models/m/infer HTTP/1.1\r\n":
+        sock.sendall(first)
+        for byte in slowly:
             with contextlib.suppress(OSError):
                 sock.sendall(bytes([byte]))
             sock.settimeout(0.3)
