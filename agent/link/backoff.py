@@ -1,8 +1,11 @@
 """When to connect: splayed first, decorrelated jitter after failures, long after a fight over the session. Pure.
 
 A fleet whose broker comes back must not arrive at once. So the first attempt, and the first one after a connection
-that was stable, are drawn from the operator's splay; each later one comes after half a splay to three times the pause
-before it ("decorrelated jitter", M. Brooker, Exponential Backoff And Jitter, 2015): neighbours drift apart for good.
+that was stable, are drawn from the operator's splay; each later one comes after a splay to three times the pause before
+it ("decorrelated jitter", M. Brooker, Exponential Backoff And Jitter, 2015): neighbours drift apart for good.
+
+The planned rate is one attempt for each device and splay. It holds at every moment, however long the broker is away:
+the first moment is drawn evenly from a splay, and no device comes twice within one.
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ class Backoff:
         """Seconds to wait before the next attempt; each call is one attempt."""
         if self.contested:
             return self._draw(*TAKEOVER_PAUSE_S)
-        # Attempts of a fleet that fail must come at the planned rate too: one for each device and splay.
-        least_s = max(self._base_s, splay_s / 2)
+        # Sooner than after a splay, they would come among those whose first turn it is: half as many again as planned.
+        least_s = max(self._base_s, splay_s)
         if not self._last_s:
             self._last_s = least_s
             return self._draw(0.0, splay_s)
