@@ -124,6 +124,7 @@ class Connection:
         self._said: End | None = None
         self._waiting: dict[int, tuple[asyncio.Future[int], float]] = {}
         self._descriptor: int | None = None
+        self._held = False
         self._timer: asyncio.TimerHandle | None = None
         self._heard = self._loop.time()
         self._keepalive_s = plan.keepalive_s
@@ -248,7 +249,20 @@ class Connection:
     def _described(self, text: str) -> str:
         return f"{text.rstrip('.')}: {self._errors.text}" if self._errors.text else text.rstrip(".")
 
+    def hold(self, *, stop: bool) -> None:
+        """Read nothing more, so that the broker's own window fills and it waits; or read on."""
+        self._held = stop
+        if self._descriptor is None:
+            return
+        if stop:
+            self._loop.remove_reader(self._descriptor)
+        else:
+            self._loop.add_reader(self._descriptor, self._readable)
+            self._loop.call_soon(self._readable)  # what TLS holds already shows nowhere else
+
     def _readable(self) -> None:
+        if self._held:
+            return
         self._heard = self._loop.time()
         self._drive(self._client.loop_read)
         if self.ended.done():

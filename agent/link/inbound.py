@@ -3,8 +3,9 @@
 Invariants: messages of one lane (jobs, the desired state, questions) reach core in the order in which they came;
 PUBACKs go out in the order in which the messages came, as MQTT 5 4.6 demands, unless one has been waiting for so long
 that the others would stop the connection (``OVERTAKE_S``); what has no verdict is never acknowledged: the broker keeps
-it. What is here at a time is bounded. It should be ``RECEIVE_MAXIMUM`` messages by what was agreed with the broker; but
-mosquitto 2.0 sends as many again with each PUBACK, so there is room for more before the connection is ended for it.
+it. What is here at a time is bounded: when it is too much, no more is read until some of it is done. By what was agreed
+with the broker it would be ``RECEIVE_MAXIMUM`` messages, but mosquitto 2.0 sends as many again with each PUBACK, and
+all that it ever sent again with each connect.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 
-from agent.base.errors import AgentError, TryLaterError, one_line
+from agent.base.errors import AgentError, one_line
 from agent.link.connection import RECEIVE_MAXIMUM, Received
 from agent.link.core_client import CoreAbsentError, CoreRefusalError, Verdict
 from agent.wire.topics import parse_topic
@@ -22,8 +23,8 @@ from agent.wire.topics import parse_topic
 _LOG = logging.getLogger("edge_agent.link")
 
 OVERTAKE_S = 5.0
-_MOST_MESSAGES = 16 * RECEIVE_MAXIMUM
-_MOST_BYTES = 64 * RECEIVE_MAXIMUM << 10
+MOST_MESSAGES = 4 * RECEIVE_MAXIMUM
+MOST_BYTES = 64 * RECEIVE_MAXIMUM << 10
 _RETRY_S = (0.1, 10.0)
 #: Core answers this to what is larger than any message may be; nothing was lost by it.
 _TOO_LARGE = 413
@@ -33,10 +34,15 @@ HandIn = Callable[[str, bytes], Awaitable[Verdict]]
 
 
 class Inbound:
-    """What came by one connection. ``stop`` drops what has no verdict yet: it will come again."""
+    """What came by one connection. ``stop`` drops what has no verdict yet: it will come again.
 
-    def __init__(self, hand_in: HandIn) -> None:
+    ``hold(True)`` is called when nothing more should be read from the connection, ``hold(False)`` when it should again.
+    """
+
+    def __init__(self, hand_in: HandIn, hold: Callable[[bool], None]) -> None:
         self._hand_in = hand_in
+        self._hold = hold
+        self._holding = False
         self._loop = asyncio.get_running_loop()
         self._lanes: dict[str, asyncio.Lock] = {}
         self._unacked: deque[tuple[Received, float]] = deque()
@@ -46,9 +52,7 @@ class Inbound:
         self._bytes = 0
 
     def take(self, message: Received) -> None:
-        """A message has come. TryLaterError when the broker sends more than it may: the connection is to end."""
-        if max(len(self._unacked), len(self._tasks)) >= _MOST_MESSAGES or self._bytes > _MOST_BYTES:
-            raise TryLaterError("cannot take a message: the broker sends more at a time than was agreed")
+        """A message has come."""
         if message.qos:
             self._unacked.append((message, self._loop.time()))
         topic = parse_topic(message.topic)
@@ -60,6 +64,15 @@ class Inbound:
         task = self._loop.create_task(self._deliver(message, topic.rest))
         self._tasks.add(task)
         task.add_done_callback(lambda done: self._ended(done, len(message.payload)))
+        self._regulate()
+
+    def _regulate(self) -> None:
+        """Read on, or do not: between the two bounds as before."""
+        load = max(len(self._tasks) / MOST_MESSAGES, self._bytes / MOST_BYTES)
+        wanted = load >= 1 or (self._holding and load > 0.5)
+        if wanted != self._holding:
+            self._holding = wanted
+            self._hold(wanted)
 
     def stop(self) -> None:
         """The connection is over."""
@@ -71,6 +84,7 @@ class Inbound:
     def _ended(self, task: asyncio.Task[None], size: int) -> None:
         self._tasks.discard(task)
         self._bytes -= size
+        self._regulate()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -34,6 +34,8 @@ _LOG = logging.getLogger("edge_agent.link")
 _MIB = 1 << 20
 #: How long core may keep a question for messages, and the longest pause after it did not answer.
 _POLL_S = 25.0
+#: The same while messages were left out for room: it is soon time to begin again.
+_RESYNC_S = 0.5
 _RETRY_S = (0.1, 10.0)
 _REPORT_S = 30.0
 _GOODBYE_S = 2.0
@@ -132,7 +134,7 @@ class Link:
         if self._pending.left_out and self._pending.has_room:
             self._pending.left_out = False
             cursor = ""
-        answer = await self._core.outgoing(cursor, _POLL_S)
+        answer = await self._core.outgoing(cursor, _RESYNC_S if self._pending.left_out else _POLL_S)
         if answer.start != self._core_start:
             self._core_start = answer.start
             self._news.set()  # a core that has just started does not know how things are
@@ -275,7 +277,7 @@ class Link:
 
     async def _connect(self, settings: Settings) -> None:
         """One connection, from dialling to its end."""
-        inbound = Inbound(self._hand_in)
+        inbound = Inbound(self._hand_in, lambda stop: connection.hold(stop=stop))
         try:
             session = self._last_session() + 1
             connection = Connection(self._plan(settings, session), inbound.take, lambda: self._ticked(began))

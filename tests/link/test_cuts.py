@@ -56,6 +56,17 @@ class Traffic:
         return [(record["n"], key) for key, payload in seen.items() for record in document(payload)["records"]]
 
 
+def cut(proxy: Proxy, traffic: Traffic, count: int) -> None:
+    """Reset the connection once it has carried ``count`` bytes, or a little later, with messages under way."""
+    before = proxy.connections
+    proxy.cut_after(count)
+    for _ in range(5):
+        traffic.send()
+    if proxy.connections == before:
+        proxy.reset()
+    until(lambda: proxy.connections > before, "the link comes again")
+
+
 def test_cuts_at_any_byte_lose_nothing(broker: Broker, link: LinkProcess) -> None:
     chance = random.Random(20)
     operator = broker.operator("d1/up/#")
@@ -63,14 +74,9 @@ def test_cuts_at_any_byte_lose_nothing(broker: Broker, link: LinkProcess) -> Non
         link.start()
         core.until_state(connected=True)
         traffic = Traffic(operator, core)
-        cuts = 0
-        while cuts < 40:
+        for _ in range(40):
             # In the TLS handshake, in CONNECT, in the middle of a message, between two.
-            proxy.cut_after(chance.choice([chance.randrange(1, 600), chance.randrange(1000, 6000)]))
-            before = proxy.connections
-            traffic.send(3)
-            until(lambda before=before: proxy.connections > before, "the link comes again")
-            cuts += 1
+            cut(proxy, traffic, chance.choice([chance.randrange(1, 600), chance.randrange(1000, 6000)]))
         proxy.heal()
         traffic.all_arrived()
         counted = Counter(n for n, _ in traffic.telemetry())
@@ -224,10 +230,7 @@ def test_cuts_go_on_for_long(broker: Broker, link: LinkProcess) -> None:
         core.until_state(connected=True)
         traffic = Traffic(operator, core)
         for _ in range(300):
-            proxy.cut_after(chance.randrange(1, 8000))
-            before = proxy.connections
-            traffic.send(2)
-            until(lambda before=before: proxy.connections > before, "the link comes again")
+            cut(proxy, traffic, chance.randrange(1, 12_000))
         proxy.heal()
         traffic.all_arrived()
         rss = link.rss_mb()

@@ -92,3 +92,21 @@ def test_answers_of_before_an_outage_are_for_nobody(broker: Broker, link: LinkPr
         core.say("up/rpc", b"new", kind="rpc")
         until(lambda: operator.on("d1/up/rpc"), "an answer of now comes")
         assert operator.on("d1/up/rpc") == [b"new"]
+
+
+def test_more_states_and_more_questions_than_fit_at_a_time_all_arrive(broker: Broker, link: LinkProcess) -> None:
+    operator = broker.operator("d1/up/#")
+    with StandIn(link.folder.with_name("admin.sock"), broker.port, broker.device("d1")) as core:
+        link.start()
+        core.until_state(connected=True)
+        link.stop()
+        for n in range(1500):
+            core.say(f"up/job/{n}", b"x")
+        for n in range(500):
+            operator.publish(f"d1/dn/rpc/{n}", str(n))
+        link.start()
+        until(lambda: not core.unconfirmed, "every state is confirmed")
+        until(lambda: len(core.taken) == 500, "every question is with core")
+        until(lambda: len(operator.on("d1/up/job/")) >= 1500, "every state is with the operator")
+        assert core.state["reconnects"] == 0, "on one connection"
+        assert link.rss_mb() < 45
