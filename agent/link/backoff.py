@@ -1,11 +1,12 @@
 """When to connect: splayed first, decorrelated jitter after failures, long after a fight over the session. Pure.
 
 A fleet whose broker comes back must not arrive at once. So the first attempt, and the first one after a connection
-that was stable, are drawn from the operator's splay; each later one comes after a splay to three times the pause before
-it ("decorrelated jitter", M. Brooker, Exponential Backoff And Jitter, 2015): neighbours drift apart for good.
+that was stable, are drawn from the operator's splay; each later one comes half a splay after "decorrelated jitter" (M.
+Brooker, Exponential Backoff And Jitter, 2015) from half a splay to three times the one before: neighbours drift apart
+for good.
 
 The planned rate is one attempt for each device and splay. It holds at every moment, however long the broker is away:
-the first moment is drawn evenly from a splay, and no device comes twice within one.
+the first moment is drawn evenly from a splay, and no device that failed comes again within one.
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ class Backoff:
         if self.contested:
             return self._draw(*TAKEOVER_PAUSE_S)
         # Sooner than after a splay, they would come among those whose first turn it is: half as many again as planned.
-        least_s = max(self._base_s, splay_s)
+        rest_s = splay_s / 2
+        least_s = max(self._base_s, rest_s)
         if not self._last_s:
             self._last_s = least_s
             return self._draw(0.0, splay_s)
         cap_s = max(self._cap_s, 2 * splay_s)
         self._last_s = min(cap_s, self._draw(least_s, max(least_s, 3 * self._last_s)))
-        return self._last_s
+        return rest_s + self._last_s
 
     def lost(self, held_s: float, now: float, *, takeover: bool = False, closed: bool = False) -> None:
         """A connection ended after ``held_s`` seconds.

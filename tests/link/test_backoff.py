@@ -37,11 +37,13 @@ def test_the_first_attempt_is_drawn_from_the_splay() -> None:
 def test_pauses_grow_to_their_bounds_and_never_leave_them(seed: int, attempts: int, splay_s: float) -> None:
     subject = backoff(seed)
     subject.next_pause(splay_s)
-    last = least = max(BASE_S, splay_s)
+    last = least = max(BASE_S, splay_s / 2)
     for _ in range(attempts):
         pause = subject.next_pause(splay_s)
-        assert least <= pause <= min(max(CAP_S, 2 * splay_s), 3 * last)
-        last = pause
+        assert pause >= splay_s, "not twice within a splay"
+        jitter = pause - splay_s / 2
+        assert least - 1e-6 <= jitter <= min(max(CAP_S, 2 * splay_s), 3 * last) + 1e-6
+        last = jitter
 
 
 def test_neighbours_that_failed_together_drift_apart() -> None:
