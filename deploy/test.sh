@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs the tests: all of them on the main Python, then all but the slow ones (and fewer examples of each property) on
-# every other Python 3.10 - 3.13 here.
+# Runs the tests: all of them on the main Python, then on every other Python 3.10 - 3.13 here all but the slow ones and
+# most of those that drive whole processes, with fewer examples of each property.
 #
 #   deploy/test.sh [--quick | --full] [PYTEST OPTIONS]
 #     --quick   the main Python only
-#     --full    the slow tests on every Python too
+#     --full    every test on every Python
 #     the rest goes to pytest: deploy/test.sh --quick tests/store -k power
 #
 # Sets up what it needs on a fresh machine (see deploy/lib.sh). The exit status is 0 only if every run passed.
@@ -72,13 +72,17 @@ run_tests() {
 
 # run_suite NAME PYTHON quick|all
 run_suite() {
-    if [ "${#parallel[@]}" -eq 0 ] && [ "$3" = all ]; then
+    if [ "$3" = quick ]; then
+        run_tests "$1" "$2" "quick" -m "not slow and not system" ${parallel[@]+"${parallel[@]}"}
+        return
+    fi
+    if [ "${#parallel[@]}" -eq 0 ]; then
         run_tests "$1" "$2" all
         return
     fi
     run_tests "$1" "$2" "not slow" -m "not slow" ${parallel[@]+"${parallel[@]}"}
     # The slow ones time and kill: one after the other, with the machine to themselves.
-    [ "$3" != all ] || run_tests "$1" "$2" slow -m slow
+    run_tests "$1" "$2" slow -m slow
 }
 
 ensure_venv "$ROOT/.venv" dev

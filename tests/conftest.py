@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,24 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Before anything imports ONNX Runtime: some tests use it directly, and it would write to the home folder.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+# A shell without job control starts what runs in the background with SIGINT ignored, and so would be every program that
+# the tests start and end as Ctrl-C does.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+#: What starts daemons and brokers for nearly every test. On the Pythons beside the main one a few of these suffice.
+_SYSTEM = ("tests/core/", "tests/link/", "tests/fleet/", "tests/systemd/", "tests/fuzz/")
+_ALWAYS = ("test_daemon.py", "test_fleet_jobs.py", "test_link.py", "test_commands.py", "test_keys.py", "test_outbox.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what drives whole processes."""
+    for item in items:
+        path = item.path.relative_to(ROOT).as_posix()
+        if path.startswith(_SYSTEM) and item.path.name not in _ALWAYS:
+            item.add_marker(pytest.mark.system)
+
 
 # A busy machine is no failure: no example has a deadline, and generation may be slow. deploy/test.sh asks for fewer
 # examples on every Python but the main one: there the question is the interpreter, not the property.
