@@ -85,6 +85,7 @@ class Fleet:
         self.problem = self._mend = ""
         self._outgoing = Outgoing(self.boot_nonce, self._was_confirmed)
         self._rescue = ThreadPoolExecutor(1, thread_name_prefix="rescue")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="inbox")
         self._csr = ""
         self.certificate_ends: str | None = None
         self._said: dict[str, tuple[str, int]] = {}
@@ -203,10 +204,10 @@ class Fleet:
             boot_nonce=self.boot_nonce,
         )
         called = Called(
-            jobs_changed=self.changed,
-            desired_changed=self._desired_changed,
+            jobs_changed=self._soon(self.changed),
+            desired_changed=self._soon(self._desired_changed),
             asked=questions.asked,
-            refused=lambda: self._report_within(_REFUSED_S),
+            refused=self._soon(lambda: self._report_within(_REFUSED_S)),
             check_args=check_args,
         )
         self._inbox = Inbox(lambda: self.enroller.allegiance, self.journal, self.clock, self.boot_nonce, called)
@@ -245,6 +246,7 @@ class Fleet:
     def close(self) -> None:
         """After the operations have ended."""
         self._rescue.shutdown()
+        self._reader.shutdown()
         if self._open:
             self._floor()
             self.journal.close()
@@ -526,11 +528,18 @@ class Fleet:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         return settings | {"boot_nonce": self.boot_nonce, "version": int(digest[:12], 16)}
 
-    def received(self, topic: str, data: bytes) -> dict[str, str]:
-        """See ``link_api``."""
-        if not self._open and not topic.startswith("dn/rpc/"):  # questions need no journal
+    async def received(self, topic: str, data: bytes) -> dict[str, str]:
+        """See ``link_api``. What is to be on disk before the verdict is waited for in a thread: disks stand still."""
+        if topic.startswith("dn/rpc/"):  # questions need no journal
+            return self._inbox.receive(topic, data).document()
+        if not self._open:
             raise DamagedError(f"cannot take what the fleet says: {self.problem}")
-        return self._inbox.receive(topic, data).document()
+        loop = asyncio.get_running_loop()
+        return (await loop.run_in_executor(self._reader, self._inbox.receive, topic, data)).document()
+
+    def _soon(self, work: Callable[[], None]) -> Callable[[], None]:
+        """``work`` on the loop's thread, from any."""
+        return lambda: self._later(0.0, work)
 
     async def outgoing(self, cursor: str, wait_s: float) -> tuple[str, list[Message]]:
         """See ``link_api``."""

@@ -65,7 +65,7 @@ class Replays:
 
 @dataclass(frozen=True, slots=True)
 class Called:
-    """What the inbox calls when it has accepted something; all return at once."""
+    """What the inbox calls when it has accepted something, in its own thread; all return at once."""
 
     jobs_changed: Callable[[], None]
     desired_changed: Callable[[], None]
@@ -75,7 +75,7 @@ class Called:
 
 
 class Inbox:
-    """Takes raw envelopes. ``boot_nonce`` names this start of core. For the event loop's thread."""
+    """Takes raw envelopes. ``boot_nonce`` names this start of core. Questions are for the event loop's thread alone."""
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ class Fleet(Protocol):
     """What stands behind the rows."""
 
     def link_settings(self) -> dict[str, Any]: ...
-    def received(self, topic: str, data: bytes) -> dict[str, str]: ...
+    async def received(self, topic: str, data: bytes) -> dict[str, str]: ...
     async def outgoing(self, cursor: str, wait_s: float) -> tuple[str, list[Message]]: ...
     def confirmed(self, ids: set[str]) -> None: ...
     def link_said(self, document: dict[str, Any]) -> None: ...
@@ -71,7 +71,7 @@ class NoFleet:
         """Off."""
         return {"state": "off", "version": 0, "outbox_mb": 1, "splay_s": 0.0, "broker": None, "certificate": None}
 
-    def received(self, topic: str, data: bytes) -> dict[str, str]:
+    async def received(self, topic: str, data: bytes) -> dict[str, str]:
         """Refused."""
         return {"verdict": "refused", "reason": "not_enrolled"}
 
@@ -120,9 +120,9 @@ class LinkApi:
             row("POST", "enrolment", lambda request: json_response(self._fleet.enrolled(bytes(request.body)))),
         ]
 
-    def _received(self, request: Request) -> Response:
+    async def _received(self, request: Request) -> Response:
         topic = request.options().get("topic", "")
-        return json_response(self._fleet.received(topic, bytes(request.body)))
+        return json_response(await self._fleet.received(topic, bytes(request.body)))
 
     async def _outgoing(self, request: Request) -> Response:
         options = request.options()
