@@ -193,6 +193,7 @@ class Desk:
         self._insist = insist
         try:
             self.ring(self._books.documents.devices_waiting())
+            self._ask_for_ends()
             self._remind()
             self._connection = now
         finally:
@@ -204,18 +205,24 @@ class Desk:
         """Put the right document on the doorbell of each of ``devices`` where it is not there yet; how many."""
         rung = 0
         while documents := [document for name in devices if (document := self._to_ring(name)) is not None]:
-            now = iso(self._clock.now())
-            with self._books.database.transaction():
-                self._books.documents.set_published(documents, now)
-            self.say(
-                [
-                    Outgoing(device_topic(self._settings.tenant, each.device, "dn/job"), each.envelope, retain=True)
-                    for each in documents
-                ]
-            )
+            self._put(documents)
             rung += len(documents)
             devices = [document.device for document in documents]
         return rung
+
+    def _put(self, documents: Sequence[Document]) -> None:
+        with self._books.database.transaction():
+            self._books.documents.set_published(documents, iso(self._clock.now()))
+        self.say(
+            [
+                Outgoing(device_topic(self._settings.tenant, each.device, "dn/job"), each.envelope, retain=True)
+                for each in documents
+            ]
+        )
+
+    def _ask_for_ends(self) -> None:
+        """What a device says when nobody listens, and to a broker that is killed then, it has said: it is to repeat."""
+        self._put([each for each in self._books.documents.unended() if not self._is_recent(each.published)])
 
     def _to_ring(self, device: str) -> Document | None:
         document = self._books.documents.current(device)

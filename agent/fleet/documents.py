@@ -154,6 +154,23 @@ class Documents:
         )
         return [_document(row) for row in rows]
 
+    def unended(self) -> list[Document]:
+        """The last document that each device has answered, where its job has not ended and nothing waits behind it.
+
+        A device that gets it again says again what became of the job: of an earlier one it would not.
+        """
+        ended = ", ".join(f"'{state}'" for state in sorted(TERMINAL))
+        rows = self._sql.execute(
+            "SELECT documents.* FROM documents JOIN devices ON name = documents.device"  # noqa: S608 - constants
+            " AND documents.epoch = devices.epoch WHERE documents.state = 'answered' AND documents.generation ="
+            " (SELECT max(generation) FROM documents AS other WHERE other.device = documents.device"
+            " AND other.epoch = documents.epoch AND other.state IN ('waiting', 'answered'))"
+            " AND NOT EXISTS (SELECT 1 FROM states WHERE states.job_id = documents.job_id"
+            " AND states.device = documents.device AND states.epoch = documents.epoch"
+            f" AND states.state IN ({ended})) ORDER BY documents.device"
+        )
+        return [_document(row) for row in rows]
+
     def devices_waiting(self) -> list[str]:
         """Devices with documents that they have not answered."""
         rows = self._sql.execute("SELECT DISTINCT device FROM documents WHERE state = 'waiting' ORDER BY device")

@@ -161,3 +161,16 @@ def test_answers_that_nobody_kept_are_asked_for_again(fleet: Fleet) -> None:
     fleet.ok("job", "list")
     until(lambda: fleet.states(job) == {"cam-1": "succeeded"}, "it says again what became of it")
     assert len(device.done) == 1
+
+
+def test_the_end_of_a_job_that_went_to_nobody_is_asked_for_again(fleet: Fleet) -> None:
+    """The device had answered; when it was done, the broker had no session for the operator any more."""
+    device = fleet.online("cam-1")
+    device.plays = lambda job: WELL[:2]
+    job = fleet.ok("job", "store.gc", "--device", "cam-1")["job"]
+    until(lambda: fleet.states(job) == {"cam-1": "running"}, "the device has answered")
+    (fleet.folder / "session.id").write_text("0123456789abcdef")  # another name: nothing was kept for that
+    device.say_state(device.done[0], *WELL[2])
+    fleet.ok("job", "list")
+    until(lambda: fleet.states(job) == {"cam-1": "succeeded"}, "it says again how it ended")
+    assert len(device.done) == 1 and device.refused == {}
