@@ -229,6 +229,7 @@ def test_a_folder_that_takes_no_file_leaves_the_outbox_in_memory(tmp_path: Path,
     nowhere = Outbox(tmp_path / "missing" / "outbox.db", MIB)
     nowhere.add([("heat", {"n": 1})])
     assert numbers(drain(nowhere)) == [1]
+    nowhere.close()
     assert "kept in memory" in caplog.text
 
 
