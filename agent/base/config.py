@@ -106,9 +106,16 @@ class SelectionConfig(_Section):
 
 
 class MemoryConfig(_Section):
-    """Memory for loaded models."""
+    """Memory for loaded models: how much, and what is in it.
+
+    ``keep_alive_s``: a model that nobody asks for is let go of after so long, or only when others need the room.
+    ``preload`` is loaded at the start as far as there is room; ``pin`` is loaded and never let go of.
+    """
 
     budget_mb: Megabytes | Auto = "auto"
+    keep_alive_s: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] | Literal["forever"] = "forever"
+    preload: Annotated[tuple[ModelName, ...], Field(strict=False, max_length=10_000)] = ()
+    pin: Annotated[tuple[ModelName, ...], Field(strict=False, max_length=10_000)] = ()
 
 
 class AccessRule(_Section):

@@ -25,7 +25,7 @@ from agent.base.clock import SystemClock, TrustedClock
 from agent.base.config import Config, Paths
 from agent.base.errors import AgentError, ConfigError
 from agent.base.files import require_own, write_atomically
-from agent.base.hardening import forbid_inspection, lock_memory
+from agent.base.hardening import forbid_inspection, lock_memory, unlocked_memory
 from agent.base.memory import Fence
 from agent.base.systemd import Handover, Notifier, adopt_sockets
 from agent.core import health, logs
@@ -40,9 +40,11 @@ from agent.core.upkeep import Upkeep
 from agent.core.within import Within
 from agent.hardware.sensors import read_sensors
 from agent.infer.engine import Engine, EngineLimits, Key
+from agent.infer.runtimes.failures import return_memory
 from agent.infer.runtimes.probe import Runtimes
 from agent.infer.shelf import Option
 from agent.infer.tensors import InferRequest, InferResponse, Tensor
+from agent.infer.wishes import Wishes
 from agent.operations.install import Installer, Serving
 from agent.operations.maintain import Maintenance
 from agent.operations.measured import Choice, ChooseVariant, DeviceView, outdated
@@ -62,6 +64,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("edge_agent.core")
 #: One run of a golden example.
 _RECHECK_S = 60.0
+#: How often the process is weighed while models come and go, and how often freed memory is given back. Where it has to
+#: be unlocked for that, which holds everybody up, not as often.
+_WEIGH_S, _GIVE_BACK_S, _GIVE_BACK_LOCKED_S = 1.0, 0.5, 30.0
 #: One file a request; an operator's connection may idle for long.
 _ADMIN_LIMITS = replace(ADMIN_LIMITS, descriptors=1, idle_s=600.0)
 
@@ -89,6 +94,7 @@ class Core:
         """Start, serve until told to stop, drain, stop. Raises AgentError when it cannot start."""
         self._harden()
         self._device = look_at_device(self._paths, self._config)
+        self._lock()
         with contextlib.ExitStack() as held:
             _make_private(self._paths)
             self._store = held.enter_context(self._open_store())
@@ -108,7 +114,17 @@ class Core:
     def _harden(self) -> None:
         forbid_inspection()
         settle()
-        self._locked = lock_memory()
+
+    def _lock(self) -> None:
+        """Only where there is a disk to be kept from: what is locked cannot be given back (``unlocked_memory``)."""
+        areas = self._device.facts.swap
+        if areas is None or any(area.kind != "zram" for area in areas):
+            self._locked = lock_memory()
+
+    def _give_back(self) -> None:
+        """From any thread: much was freed."""
+        with unlocked_memory() if self._locked else contextlib.nullcontext():
+            return_memory()
 
     def _open_store(self) -> Store:
         keys = DeviceKeys(self._paths.device_secret.parent, self._handover.credentials)
@@ -117,9 +133,17 @@ class Core:
     def _build(self) -> None:
         device, config = self._device, self._config
         self._operations.start(asyncio.get_running_loop())
-        limits = EngineLimits(device.budget_mb, config.server.queue_per_model, device.workers)
+        keep = config.memory.keep_alive_s
+        limits = EngineLimits(
+            device.budget_mb,
+            config.server.queue_per_model,
+            device.workers,
+            keep_s=float("inf") if keep == "forever" else keep,
+            weigh_s=_WEIGH_S,
+            give_back_s=_GIVE_BACK_LOCKED_S if self._locked else _GIVE_BACK_S,
+        )
         fence = Fence(device.facts.mem_limit_mb)
-        self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move)
+        self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._give_back)
         self._show(self._store.document)
         serving = Serving(
             show=lambda document: self._operations.on_loop(lambda: self._show(document)),
@@ -263,7 +287,8 @@ class Core:
         models = len(self._store.document.models)
         _LOG.info("ready after %.2f s: %d models, board %s", took, models, self._device.facts.board)
         self._notifier.ready(f"{models} models")
-        tasks = [asyncio.ensure_future(self._feed_watchdog()), asyncio.ensure_future(self._review())]
+        work = (self._feed_watchdog(), self._review(), self._load_ahead())
+        tasks = [asyncio.ensure_future(task) for task in work]
         try:
             await self._stop.wait()
         finally:
@@ -291,6 +316,19 @@ class Core:
         while True:
             self._notifier.alive()
             await asyncio.sleep(interval)
+
+    async def _load_ahead(self) -> None:
+        """What the configuration wants in memory before somebody asks for it."""
+        for name in self._config.memory.pin:
+            try:
+                await self._engine.preload(name, wishes=Wishes(pin=True))
+            except AgentError as error:
+                _LOG.warning("model %s is not pinned: %s", name, error)
+        for name in self._config.memory.preload:
+            try:
+                self._engine.preload_soon(name)
+            except AgentError as error:
+                _LOG.warning("model %s is not loaded ahead: %s", name, error)
 
     async def _review(self) -> None:
         """After a start runtime, power mode or configuration may be others than when the models were tried."""
@@ -385,6 +423,7 @@ class Core:
             "generation": self._store.document.generation,
             "models": self._engine.index(),
             "loaded": self._engine.loaded(),
+            "memory": self._engine.memory(),
             "process": _figures(),
             "under_way": self._operations.under_way,
             "health": health.verdict(self._findings()),

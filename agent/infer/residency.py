@@ -16,7 +16,7 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from agent.infer import tiers
@@ -54,7 +54,7 @@ class Residency:
         self._budget = budget
         self._lanes = max(1, lanes)
         self._keep_s = keep_s
-        self._items: Mapping[Name, Item] = {}
+        self._items: dict[Name, Item] = {}
         self._holdings = Holdings()
         self._waiting: dict[Name, _Waiting] = {}
         self._asked: dict[int, Name] = {}
@@ -155,6 +155,7 @@ class Residency:
     def _loaded(self, event: tiers.Loaded) -> None:
         session = self._holdings.sessions[event.name]
         self._holdings.loaded(session)
+        self._learn(session, event)
         waiting = self._waiting.pop(event.name, None)
         self._settle_in(session, waiting.since if waiting else self._now)
         self._holdings.use(session, self._now)
@@ -214,7 +215,7 @@ class Residency:
         self._release(self._holdings.choose(self._idle(None, tenured=True), event.size - self._holdings.leaving))
 
     def _change_shelf(self, event: tiers.Shelf) -> None:
-        before, self._items = self._items, event.items
+        before, self._items = self._items, dict(event.items)
         for name in before.keys() - event.items.keys():
             self._pins.discard(name)
             self._holdings.forget(name)
@@ -262,6 +263,14 @@ class Residency:
         for ticket in waiting.tickets:
             del self._asked[ticket]
             self._out.append(tiers.Refuse(ticket, waiting.name, reason))
+
+    def _learn(self, session: Session, event: tiers.Loaded) -> None:
+        """What it took this time, with what it took before."""
+        item = session.item
+        session.item = replace(item, load_s=_mixed(item.load_s, event.load_s), read_s=_mixed(item.read_s, event.read_s))
+        known = self._items.get(session.name)
+        if known is not None:
+            self._items[session.name] = replace(known, load_s=session.item.load_s, read_s=session.item.read_s)
 
     def _settle_in(self, session: Session, asked_at: float) -> None:
         """A tenure for what was evicted only just before somebody asked for it again."""
@@ -437,6 +446,13 @@ class Residency:
             elif item.plaintext and item.blob not in self._holdings.plaintexts and item.plaintext <= free:
                 self._holdings.begin_reading(item)
                 self._out.append(tiers.Warm(name, item.blob))
+
+
+def _mixed(before: float, now: float | None) -> float:
+    """A single measurement on a busy device says little."""
+    if now is None:
+        return before
+    return before + (now - before) / 4 if before else now
 
 
 def _is_slow(item: Item) -> bool:

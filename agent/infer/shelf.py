@@ -7,13 +7,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from agent.base.errors import NotFoundError
+from agent.infer.runtimes.base import PLAIN, Route
 
 if TYPE_CHECKING:
     from agent.bundles.manifest import TensorSpec
     from agent.infer.trial import OpenModel
+
+
+_MIB = 1 << 20
+#: Decrypting takes about so long for a byte until it was measured.
+_READ_S = 1e-9
+
+
+class SessionName(NamedTuple):
+    """What a session is called: whose it is, which option, of which bytes, in which form."""
+
+    model: str
+    version: str
+    candidate: str
+    digest: str
+    form: str
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One way to open an option: a file, and what to make of it. Sizes in bytes, seconds as measured on this device.
+
+    ``session`` is what it holds beside the plaintext of ``size`` bytes (0: the plaintext is not kept); ``shares``: its
+    weights are the plaintext's own pages. ``run_s`` is a steady run, None where only one form was measured.
+    """
+
+    name: str
+    open_model: Callable[[], OpenModel]
+    digest: str
+    session: int
+    size: int = 0
+    shares: bool = False
+    load_s: float = 0.0
+    run_s: float | None = None
+    route: Route = PLAIN
+
+    @property
+    def read_s(self) -> float:
+        """Seconds to decrypt it, as far as one can tell from its size."""
+        return self.size * _READ_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +72,23 @@ class Option:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     #: The blob's identity: a session made from other bytes is another session.
     digest: str = ""
+    #: Bytes of the decrypted file; 0 where it is not to be kept. And how long it takes to load.
+    size: int = 0
+    load_s: float = 0.0
+    #: Whether a session's weights are the file's own pages, which are then part of ``need_mb``.
+    shares: bool = False
+    #: Prepared forms: the first answers first, the last in the long run. None: it is opened as it is.
+    forms: tuple[Form, ...] = ()
+
+    def ways(self) -> tuple[Form, ...]:
+        """Its forms; the file as it came where nothing was prepared."""
+        return self.forms or (self.plain(),)
+
+    def plain(self) -> Form:
+        """The file as it came: what is left when a prepared form cannot be had."""
+        need = self.need_mb * _MIB - (self.size if self.shares else 0)
+        need = max(0.1 * self.need_mb * _MIB, need)
+        return Form("plain", self.open_model, self.digest, int(need), self.size, self.shares, self.load_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,9 +61,11 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A ``Load`` is done; its plaintext is held if it was to be kept."""
+    """A ``Load`` is done; its plaintext is held if it was to be kept. The seconds that it took, if known."""
 
     name: Name
+    load_s: float | None = None
+    read_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

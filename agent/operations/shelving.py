@@ -68,12 +68,20 @@ def _served(name: str, version: str, entry: VersionEntry, open_blob: OpenBlob, t
                 p95_ms=measured.get("p95_ms"),
                 parameters=variant.parameters,
                 digest=ref.payload,
+                size=ref.size,
+                load_s=_load_s(measured),
+                shares=variant.runtime == "tflite",  # it maps the file and leaves the weights there
             )
         )
     reason = "" if options else "; ".join(missing) or "no variant was accepted on this device"
     return Served(
         name, version, manifest.inputs, manifest.outputs, tuple(options), reason, manifest.labels, manifest.task
     )
+
+
+def _load_s(measured: dict[str, Any]) -> float:
+    took = measured.get("load_ms")
+    return float(took) / 1000 if isinstance(took, (int, float)) and took > 0 else 0.0
 
 
 def _need_mb(measured: dict[str, Any], ref: BlobRef) -> float:

@@ -45,6 +45,14 @@ class ModelServer(Protocol):
         """Whether the model can answer. Raises NotFoundError."""
         ...
 
+    def load(self, name: str, parameters: Mapping[str, Any], deadline: float) -> Awaitable[None]:
+        """Done when the model can answer at once. Raises errors of ``agent.base.errors``."""
+        ...
+
+    def unload(self, name: str) -> int:
+        """Let go of its memory; how many sessions there were. It comes back with the next request."""
+        ...
+
     def infer(
         self, name: str, version: str | None, request: InferRequest, deadline: float
     ) -> InferResponse | Awaitable[InferResponse]:
@@ -81,6 +89,8 @@ class Inference:
             Route("GET", "/v2/health/live", INFER, lambda _request: Response()),
             Route("GET", "/v2/health/ready", INFER, self._ready),
             Route("POST", "/v2/repository/index", INFER, self._index),
+            Route("POST", "/v2/repository/models/{model}/load", INFER, self._load, self._admit),
+            Route("POST", "/v2/repository/models/{model}/unload", INFER, self._unload, self._admit),
             Route("GET", "/v2/models/stats", INFER, self._all_stats),
             Route("GET", "/metrics", INFER, self._prometheus),
         ]
@@ -125,6 +135,22 @@ class Inference:
             raise PeerError("ready: must be true or false")
         entries = self._visible(request.peer)
         return json_response([entry for entry in entries if not only_ready or entry.get("state") == "READY"])
+
+    async def _load(self, request: Request) -> Response:
+        parameters = request.json().get("parameters", {})
+        if not isinstance(parameters, dict):
+            raise PeerError("parameters: must be an object")
+        if any(name == "config" or name.startswith("file:") for name in parameters):
+            raise RefusedError(
+                "cannot load model: its files do not come with a request",
+                hint="install it: edge-agent models add FILE",
+            )
+        await self._models.load(request.params["model"], parameters, request.deadline)
+        return Response()
+
+    def _unload(self, request: Request) -> Response:
+        self._models.unload(request.params["model"])
+        return Response()
 
     def _prometheus(self, request: Request) -> Response:
         lines = self._statistics.prometheus(lambda model: self._rules.allowed(request.peer, model))

@@ -39,7 +39,8 @@ def keys() -> Iterator[tuple[str, str, Any]]:
         assert isinstance(model, type)
         assert issubclass(model, BaseModel)
         for key, info in model.model_fields.items():
-            yield section, key, info.get_default(call_default_factory=True)
+            default = info.get_default(call_default_factory=True)
+            yield section, key, list(default) if isinstance(default, tuple) else default  # TOML has lists
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------

@@ -231,3 +231,39 @@ def test_every_row_is_reachable_and_has_the_right_of_its_socket() -> None:
         target = route.pattern.replace("{model}", "double").replace("{version}", "1.0.0")
         assert table.match(route.method, target).route is route
         assert route.right == "infer"
+
+
+# The repository: models are loaded and let go of by name, and never come with a request.
+
+
+def test_loading_and_unloading_by_the_repository(served: Served) -> None:
+    running, models = served
+    path = running.path
+    body = b'{"parameters":{"pin":true,"keep_alive":60}}'
+    assert said(path, post("/v2/repository/models/double/load", body))[0] == 200
+    assert models.loads == [("double", {"pin": True, "keep_alive": 60})]
+    assert said(path, post("/v2/repository/models/double/load", b""))[0] == 200
+    body = b'{"parameters":{"unload_dependents":false}}'
+    assert said(path, post("/v2/repository/models/double/unload", body))[0] == 200
+    assert models.unloads == ["double"]
+    assert said(path, post("/v2/repository/models/nope/load", b""))[0] == 404
+    assert said(path, post("/v2/repository/models/nope/unload", b""))[0] == 404
+    assert said(path, post("/v2/repository/models/full/load", b""))[0] == 503
+    assert said(path, post("/v2/repository/models/double/load", b'{"parameters":[]}'))[0] == 400
+
+
+@pytest.mark.parametrize("name", ["config", "file:1/model.onnx", "file:"])
+def test_no_file_comes_with_a_load(served: Served, name: str) -> None:
+    running, models = served
+    body = json.dumps({"parameters": {name: "AAAA"}}).encode()
+    status, answer = said(running.path, post("/v2/repository/models/double/load", body))
+    assert status == 403
+    assert "files do not come with a request" in answer["error"]
+    assert not models.loads
+
+
+def test_nobody_loads_or_unloads_what_is_closed_to_him(short_dir: Path) -> None:
+    with as_peer(short_dir, CAMERA, RULES) as running:
+        for what in ("load", "unload"):
+            assert said(running.path, post(f"/v2/repository/models/echo/{what}", b""))[0] == 403
+            assert said(running.path, post(f"/v2/repository/models/nope/{what}", b""))[0] == 403

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ class ToyModels:
         self.seen: list[InferRequest] = []
         self.cancelled = 0
         self.deadlines: list[float] = []
+        self.loads: list[tuple[str, dict[str, Any]]] = []
+        self.unloads: list[str] = []
 
     def server_metadata(self) -> dict[str, Any]:
         return {"name": "toy", "version": "1", "extensions": ["binary_tensor_data"]}
@@ -52,6 +54,17 @@ class ToyModels:
     def _find(self, name: str, version: str | None) -> None:
         if name not in NAMES or version not in (None, "1.0.0"):
             raise NotFoundError(f"cannot find model '{name}'" + (f" version {version}" if version else ""))
+
+    async def load(self, name: str, parameters: Mapping[str, Any], deadline: float) -> None:
+        self._find(name, None)
+        if name == "full":
+            raise TryLaterError("cannot load model 'full': pinned models leave it no room")
+        self.loads.append((name, dict(parameters)))
+
+    def unload(self, name: str) -> int:
+        self._find(name, None)
+        self.unloads.append(name)
+        return 1
 
     def infer(
         self, name: str, version: str | None, request: InferRequest, deadline: float

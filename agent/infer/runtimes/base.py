@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from agent.base.errors import UnsupportedError
 
@@ -20,12 +20,28 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """What a file is and what to make of it; each runtime knows routes of its own besides the plain one.
+
+    ``kind``: ``plain``, the model as it came; ``ort``, ONNX Runtime's own format with the graph optimized already;
+    ``mapped``, the same with the weights left where the file is. ``prepack``: rearrange weights for faster runs.
+    """
+
+    kind: Literal["plain", "ort", "mapped"] = "plain"
+    prepack: bool = True
+
+
+PLAIN = Route()
+
+
+@dataclass(frozen=True, slots=True)
 class LoadOptions:
     """How to load: ONNX Runtime's provider name, or TFLite's (``cpu``); threads of one run; free options."""
 
     provider: str
     threads: int = 1
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    route: Route = PLAIN
 
 
 class Session(Protocol):
