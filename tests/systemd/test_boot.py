@@ -28,6 +28,7 @@ PLACES = {
     ".service": "/etc/systemd/system/{name}",
     ".socket": "/etc/systemd/system/{name}",
     ".target": "/etc/systemd/system/{name}",
+    ".path": "/etc/systemd/system/{name}",
     ".sysusers": "/etc/sysusers.d/edge-agent.conf",
     ".tmpfiles": "/etc/tmpfiles.d/edge-agent.conf",
 }
