@@ -150,7 +150,7 @@ class Broker:
             mqtt.CallbackAPIVersion.VERSION2, client_id=self._client_id, protocol=mqtt.MQTTv5, manual_ack=True
         )
         client.connect_timeout = _CONNECT_S
-        client.reconnect_delay_set(1, 30)
+        client.reconnect_delay_set(1, 5)  # somebody waits, for answers that a broker without a session gives to nobody
         client.on_connect = self._on_connect
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
