@@ -110,6 +110,7 @@ class Loader:
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="close")
         self._importing = threading.Lock()
         self._scales = Scales()
+        self._runtimes: dict[str, Runtime] = {}
         self._given_back_at = 0.0
         self._to_give_back: asyncio.TimerHandle | None = None
         self._lost = 0  # loads that were given up: their threads may never end
@@ -357,10 +358,11 @@ class Loader:
         self._fence()
         with self._importing:  # a runtime is made once, and what its import takes is no session's
             before = resident_mb()
-            known = opening.way.option.runtime in self._scales.runtimes
-            runtime = self._load_runtime(opening.way.option.runtime)
-            if not known:
-                self._scales.imported(opening.way.option.runtime, before)
+            name = opening.way.option.runtime
+            runtime = self._load_runtime(name)
+            if name not in self._runtimes:
+                self._runtimes[name] = runtime
+                self._scales.imported(before)
         return opening.load(runtime)
 
     # -- memory -------------------------------------------------------------------------------------------------------
@@ -381,7 +383,13 @@ class Loader:
     def _begin_giving_back(self) -> None:
         self._to_give_back = None
         self._given_back_at = time.monotonic()
-        self._closer.submit(self._give_back)
+        self._closer.submit(self._return_memory)
+
+    def _return_memory(self) -> None:
+        """In the closing thread: what the runtimes keep for the next run, then what the allocator keeps."""
+        for runtime in list(self._runtimes.values()):
+            runtime.trim()
+        self._give_back()
 
     def _weigh_soon(self) -> None:
         """Weigh the process, now and then, and take from the budget what sessions hold beyond their measurements."""

@@ -158,12 +158,13 @@ class Residency:
         self._learn(session, event)
         waiting = self._waiting.pop(event.name, None)
         self._settle_in(session, waiting.since if waiting else self._now)
-        self._holdings.use(session, self._now)
         self._expire_at(session, self._now + self._keep_s)
         if waiting is not None:
             self._serve(waiting, session)
         elif session.retiring:
             self._demote(session, cold=session.cold)
+        else:
+            self._holdings.use(session, self._now)
 
     def _load_failed(self, event: tiers.LoadFailed) -> None:
         self._holdings.load_failed(self._holdings.sessions[event.name], kept=event.kept)

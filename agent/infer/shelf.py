@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 _MIB = 1 << 20
-#: Decrypting takes about so long for a byte until it was measured.
-_READ_S = 1e-9
+#: Decrypting takes about so long for a byte, loading for a megabyte that it takes, until it was measured.
+_READ_S, _LOAD_S = 1e-9, 1e-3
 
 
 class SessionName(NamedTuple):
@@ -88,7 +88,8 @@ class Option:
         """The file as it came: what is left when a prepared form cannot be had."""
         need = self.need_mb * _MIB - (self.size if self.shares else 0)
         need = max(0.1 * self.need_mb * _MIB, need)
-        return Form("plain", self.open_model, self.digest, int(need), self.size, self.shares, self.load_s)
+        load_s = self.load_s or self.need_mb * _LOAD_S
+        return Form("plain", self.open_model, self.digest, int(need), self.size, self.shares, load_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,12 @@ class Scales:
     """What the process weighs beyond its sessions; what it weighed before them is not theirs."""
 
     def __init__(self) -> None:
-        self.runtimes: set[str] = set()
         self._before_mb = resident_mb()
         self._last = 0.0
         self._extra_before = 0
 
-    def imported(self, runtime: str, before_mb: float) -> None:
+    def imported(self, before_mb: float) -> None:
         """A runtime was imported; it came to weigh the difference."""
-        self.runtimes.add(runtime)
         self._before_mb += max(0.0, resident_mb() - before_mb)
 
     def due(self, now: float, every: float) -> bool:

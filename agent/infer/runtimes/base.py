@@ -64,7 +64,7 @@ class Session(Protocol):
         ...
 
     def close(self) -> None:
-        """Give the memory back to the system; the session cannot be used afterwards."""
+        """Free its memory; the session cannot be used afterwards. The allocator may keep it for the next one."""
         ...
 
 
@@ -77,6 +77,14 @@ class Runtime(Protocol):
 
     def load(self, descriptor: int, options: LoadOptions) -> Session:
         """A session from an open file; DamagedError where the runtime cannot load the model."""
+        ...
+
+    def prepare(self, descriptor: int, target: int, options: LoadOptions) -> None:
+        """Write what loads faster here into ``target``. UnsupportedError where the runtime has no such form."""
+        ...
+
+    def trim(self) -> None:
+        """Give back what no session needs; the allocator's own is another matter (``return_memory``)."""
         ...
 
 

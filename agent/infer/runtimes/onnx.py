@@ -3,10 +3,15 @@
 The model is opened by path (``/proc/self/fd/N`` of a memfd): ONNX Runtime then reads it once and keeps no second copy.
 Idle spinning is off, since it costs half a core at ten requests a second. So is the Python binding's own fallback to
 other providers: it would open that path again when the descriptor is somebody else's, and prints what it does.
+
+All sessions of the process share one arena for what a run needs in between. **Measured**, MobileNetV2: a session with
+an arena of its own holds 10 MB more, and its first run waits for as many fresh pages (3 ms of 6). ``trim`` gives back
+what of it is free. Weights are never in the arena, so that closing a session frees them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,7 +21,7 @@ from agent.base.datatypes import Datatype
 from agent.base.errors import DamagedError, DeadlineError, PeerError, TryLaterError, UnsupportedError
 from agent.bundles.manifest import TensorSpec
 from agent.infer.runtimes.base import LoadOptions
-from agent.infer.runtimes.failures import is_shortage, one_line, return_memory
+from agent.infer.runtimes.failures import is_shortage, one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,6 +45,11 @@ _DATATYPES: dict[str, Datatype] = {
     "tensor(bfloat16)": "BF16",
     "tensor(string)": "BYTES",
 }
+#: The smallest model: one number that comes out as it went in.
+_SMALLEST = bytes.fromhex(
+    "080612003a360a100a017812017922084964656e7469747912005a0f0a0178120a0a08080112040a020801"
+    "620f0a0179120a0a08080112040a02080142040a00100b"
+)
 
 
 class OnnxRuntime:
@@ -63,30 +73,71 @@ class OnnxRuntime:
         self._errors = _exceptions_of(onnxruntime)
         self.version: str = onnxruntime.__version__
         self.providers: tuple[str, ...] = tuple(onnxruntime.get_available_providers())
+        self._shares_arena = _share_arena(onnxruntime, self._errors)
+        self._smallest: Any = None
 
     def load(self, descriptor: int, options: LoadOptions) -> OnnxSession:
         """A session on ``options.provider``; ONNX Runtime adds the CPU provider for nodes that it cannot place."""
         if options.provider not in self.providers:
             raise UnsupportedError(f"cannot load model: provider {options.provider} is not in this ONNX Runtime")
+        return OnnxSession(self._open(f"/proc/self/fd/{descriptor}", options, self._settings(options)), self._library)
+
+    def prepare(self, descriptor: int, target: int, options: LoadOptions) -> None:
+        """Write the model with its graph optimized for this machine and release into ``target``, in ONNX Runtime's own
+        format: what the routes ``ort`` and ``mapped`` load."""
+        settings = self._settings(options)
+        settings.graph_optimization_level = self._library.GraphOptimizationLevel.ORT_ENABLE_ALL
+        settings.add_session_config_entry("session.save_model_format", "ORT")
+        settings.optimized_model_filepath = f"/proc/self/fd/{target}"
+        self._open(f"/proc/self/fd/{descriptor}", options, settings)
+
+    def trim(self) -> None:
+        """Give back what of the arena is free: a run that is told to do so does it at its end, whatever it runs."""
+        if not self._shares_arena:
+            return
+        import numpy as np  # noqa: PLC0415 - loaded with the runtime
+
+        if self._smallest is None:
+            options = LoadOptions(CPU_PROVIDER)
+            self._smallest = self._open(_SMALLEST, options, self._settings(options))
+        how = self._library.RunOptions()
+        how.log_severity_level = 4
+        how.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        with contextlib.suppress(*self._errors):  # nothing is lost but memory
+            self._smallest.run(None, {"x": np.zeros(1, np.float32)}, how)
+
+    def _settings(self, options: LoadOptions) -> Any:
         settings = self._library.SessionOptions()
         settings.intra_op_num_threads = options.threads
         settings.inter_op_num_threads = 1
         settings.log_severity_level = 4
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        entries = {"session.intra_op.allow_spinning": "0", "session.inter_op.allow_spinning": "0"}
+        if self._shares_arena:
+            entries |= {"session.use_env_allocators": "1", "session.use_device_allocator_for_initializers": "1"}
+        if options.route.kind != "plain":
+            entries["session.load_model_format"] = "ORT"
+        if options.route.kind == "mapped":
+            entries |= {
+                "session.use_memory_mapped_ort_model": "1",
+                "session.use_ort_model_bytes_for_initializers": "1",
+            }
+        if not options.route.prepack:
+            entries["session.disable_prepacking"] = "1"
+        for name, value in entries.items():
+            settings.add_session_config_entry(name, value)
+        return settings
+
+    def _open(self, model: str | bytes, options: LoadOptions, settings: Any) -> Any:
         try:
             session = self._library.InferenceSession(
-                f"/proc/self/fd/{descriptor}",
-                sess_options=settings,
-                providers=[options.provider],
-                enable_fallback=0,
+                model, sess_options=settings, providers=[options.provider], enable_fallback=0
             )
             session.disable_fallback()  # releases before 1.24 do not know the argument
         except self._errors as error:
             if is_shortage(error):
                 raise TryLaterError(f"cannot load model: out of memory: {one_line(error)}") from error
             raise DamagedError(f"cannot load model: ONNX Runtime: {one_line(error)}") from error
-        return OnnxSession(session, self._library)
+        return session
 
 
 class OnnxSession:
@@ -143,7 +194,20 @@ class OnnxSession:
 
     def close(self) -> None:
         self._session = None
-        return_memory()
+
+
+def _share_arena(library: Any, errors: tuple[type[Exception], ...]) -> bool:
+    """Have one arena for all sessions that ask for it; whether there is one. It grows by what is asked for, no more."""
+    try:
+        where = library.OrtMemoryInfo(
+            "Cpu", library.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, library.OrtMemType.DEFAULT
+        )
+        library.create_and_register_allocator(where, library.OrtArenaCfg(0, 1, -1, -1))
+    except AttributeError:
+        return False
+    except errors as error:
+        return "already been registered" in str(error)
+    return True
 
 
 def _exceptions_of(library: Any) -> tuple[type[Exception], ...]:

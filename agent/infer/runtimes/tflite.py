@@ -22,7 +22,7 @@ from agent.base.errors import DamagedError, PeerError, TryLaterError, Unsupporte
 from agent.bundles.manifest import TensorSpec
 from agent.bundles.tflite_signature import chosen_key, public_names, read_signature
 from agent.infer.runtimes.base import LoadOptions
-from agent.infer.runtimes.failures import is_shortage, one_line, return_memory
+from agent.infer.runtimes.failures import is_shortage, one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,6 +72,13 @@ class TfliteRuntime:
             return TfliteSession(self._interpreter, descriptor, max(1, options.threads))
         except _ERRORS as error:
             raise _load_error(error) from error
+
+    def prepare(self, descriptor: int, target: int, options: LoadOptions) -> None:
+        """There is nothing yet that would load faster."""
+        raise UnsupportedError("cannot prepare model: TFLite has no other form of it")
+
+    def trim(self) -> None:
+        """Nothing is shared between sessions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +138,6 @@ class TfliteSession:
     def close(self) -> None:
         self._drop()
         os.close(self._descriptor)
-        return_memory()
 
     def _open(self) -> None:
         """A fresh interpreter."""
