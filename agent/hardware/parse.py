@@ -54,7 +54,7 @@ def hex_number(text: str | None, *, digits: int) -> int | None:
 
 
 def meminfo(text: str | None) -> dict[str, int]:
-    """kB by name of the whole lines of ``proc/meminfo``; the first of a name counts. No machine has no memory at all."""
+    """kB by name of the whole lines of ``proc/meminfo``; the first of a name counts. No machine has no memory."""
     values: dict[str, int] = {}
     for name, value in re.findall(_MEMINFO, (text or "")[: 1 << 16]):
         values.setdefault(name, int(value))
