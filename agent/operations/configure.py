@@ -51,12 +51,14 @@ class RemoteConfig:
         hold: Callable[[Config], None],
         link_back: Callable[[], bool],
         monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._store = store
         self._base = base
         self._hold = hold
         self._link_back = link_back
         self._monotonic = monotonic
+        self._sleep = sleep
         self._lock = threading.Lock()
 
     @property
@@ -105,7 +107,7 @@ class RemoteConfig:
                 )
             else:
                 go_on()
-                time.sleep(_POLL_S)
+                self._sleep(_POLL_S)
         if not self.holds(mark):
             raise ConflictError("cannot confirm configuration: it is no longer in force")
 

@@ -83,7 +83,7 @@ class ResultsFile:
     def _read(self) -> dict[str, Outcome]:
         try:
             document = json.loads(read_bounded(self._path, _MOST_BYTES))
-            return {str(task): Outcome(**fields) for task, fields in document.items()}
+            return {str(task): _outcome(fields) for task, fields in document.items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -191,6 +191,17 @@ class Plan:
         """Every task with its interval and its last outcome."""
         last, config = self._results.tasks(), self._config()
         return [_row(task, task.hours(config), last.get(name)) for name, task in self._tasks.items()]
+
+
+def _outcome(fields: Mapping[str, Any]) -> Outcome:
+    """An outcome as it was kept. TypeError for one that is none."""
+    found = Outcome(**fields)
+    texts = (found.started_at or "", found.ended_at or "", found.text)
+    if not (all(isinstance(text, str) for text in texts) and isinstance(found.data, dict)):
+        raise TypeError("an outcome has texts and an object")
+    if found.ok not in (None, True, False):
+        raise TypeError("an outcome is good or not")
+    return found
 
 
 def _row(task: Task, hours: float, last: Outcome | None) -> dict[str, Any]:
