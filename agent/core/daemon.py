@@ -33,7 +33,7 @@ from agent.core.admin_api import AdminApi
 from agent.core.device import Device, inventory_of, look_at_device
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
 from agent.core.link_api import LinkApi, NoFleet
-from agent.core.memory import settle
+from agent.core.memory import settle, trim
 from agent.core.operating import Operations
 from agent.core.tasks import Means
 from agent.core.upkeep import Upkeep
@@ -62,6 +62,8 @@ if TYPE_CHECKING:
     from agent.core.fleet import Fleet
 
 _LOG = logging.getLogger("edge_agent.core")
+#: By then a start is over: models reviewed, runtimes probed, the fleet told.
+_STARTED_S = 20.0
 #: One run of a golden example.
 _RECHECK_S = 60.0
 #: How often the process is weighed while models come and go, and how often freed memory is given back. Where it has to
@@ -120,6 +122,11 @@ class Core:
         areas = self._device.facts.swap
         if areas is None or any(area.kind != "zram" for area in areas):
             self._locked = lock_memory()
+
+    def _trim(self) -> None:
+        """What only a start needs goes: several megabytes of code alone."""
+        with unlocked_memory() if self._locked else contextlib.nullcontext():
+            trim()
 
     def _give_back(self) -> None:
         """From any thread: much was freed."""
@@ -287,6 +294,7 @@ class Core:
         models = len(self._store.document.models)
         _LOG.info("ready after %.2f s: %d models, board %s", took, models, self._device.facts.board)
         self._notifier.ready(f"{models} models")
+        asyncio.get_running_loop().call_later(_STARTED_S, self._trim)
         work = (self._feed_watchdog(), self._review(), self._load_ahead())
         tasks = [asyncio.ensure_future(task) for task in work]
         try:

@@ -47,7 +47,6 @@ from agent.wire.ops import OPS
 from agent.work.database import HINT
 from agent.work.jobs import JobStatus, Lane, Order, Refusal
 from agent.work.journal import Journal
-from agent.work.mending import set_aside
 from agent.work.runner import Runner
 
 _LOG = logging.getLogger("edge_agent.fleet")
@@ -153,6 +152,8 @@ class Fleet:
         """Move a journal that cannot be opened aside and begin a new one. ConflictError for one that works."""
         if self._open:
             raise ConflictError("cannot reset the job journal: it is whole")
+        from agent.work.mending import set_aside  # noqa: PLC0415 - hardly ever needed
+
         allegiance = self.enroller.allegiance
         stamp = self.clock.clock.now().strftime("%Y%m%dT%H%M%SZ")
         moved = set_aside(self._journal_path, allegiance.epoch if allegiance else 0, stamp)

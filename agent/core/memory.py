@@ -1,4 +1,4 @@
-"""What core does about its own memory once everything is imported, and before its pages are locked.
+"""What core does about its own memory: once everything is imported, before its pages are locked, and after the start.
 
 Locking makes whatever is resident stay: the kernel then neither reclaims code that nobody runs any more, nor takes
 back what the allocator offers (MADV_DONTNEED fails on locked pages). So both are let go of first. Code that is needed
@@ -23,6 +23,11 @@ def settle() -> None:
     on a small board, in the middle of a request.
     """
     gc.freeze()
+    trim()
+
+
+def trim() -> None:
+    """Give back what has come to be free, and code that has been run; what is needed again comes back by itself."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):  # musl has none
         libc.malloc_trim(0)

@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
 
 from agent.base.errors import ConflictError, DamagedError, NotFoundError, PeerError
 from agent.base.files import read_bounded
@@ -25,6 +24,7 @@ from agent.work.steps import Handler, RestartPending, Step, Turn
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MOST_LINES = 500
+_MOST_TASKS = 32
 
 
 class Configuring(Protocol):
@@ -70,54 +70,50 @@ class Around:
     stay: Callable[[], None]
 
 
-class _Args(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+#: Checked arguments, by name.
+_Args = SimpleNamespace
+_NEEDED = object()
 
 
-class _None(_Args):
-    """No arguments."""
+class _Field(NamedTuple):
+    """One argument: whether a value will do, what it must be in words, and what it is when it is not given."""
+
+    right: Callable[[Any], bool]
+    told: str
+    default: Any = _NEEDED
 
 
-class _Model(_Args):
-    model: str
+def _is_lines(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _MOST_LINES
 
 
-class _Version(_Args):
-    model: str
-    version: str
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= _MOST_TASKS and all(isinstance(name, str) for name in value)
 
 
-class _Remove(_Args):
-    model: str
-    version: str | None = None
+_TEXT = _Field(lambda value: isinstance(value, str), "a text")
+_MODEL = {"model": _TEXT}
+_VERSION = {"model": _TEXT, "version": _TEXT}
+_REMOVE = {"model": _TEXT, "version": _Field(lambda value: value is None or isinstance(value, str), "a text", None)}
+_PIN = {"model": _TEXT, "pinned": _Field(lambda value: isinstance(value, bool), "true or false", True)}
+_CONFIG = {"config": _Field(lambda value: isinstance(value, dict), "an object")}
+_LINES = {"lines": _Field(_is_lines, f"1 to {_MOST_LINES}", 100)}
+_TASKS = {"run": _Field(_is_names, f"a list of 1 to {_MOST_TASKS} tasks")}
 
 
-class _Pin(_Args):
-    model: str
-    pinned: bool = True
-
-
-class _Config(_Args):
-    config: dict[str, JsonValue]
-
-
-class _Lines(_Args):
-    lines: int = Field(default=100, ge=1, le=_MOST_LINES)
-
-
-class _Tasks(_Args):
-    run: list[str] = Field(min_length=1, max_length=32)
-
-
-def _checked(kind: type[_Args], args: Mapping[str, Any]) -> Any:
-    try:
-        return kind.model_validate(dict(args))
-    except ValidationError as error:
-        told = "; ".join(
-            f"{'.'.join(map(str, problem['loc'])) or 'args'}: {problem['msg']}"
-            for problem in error.errors(include_url=False, include_input=False)[:3]
-        )
-        raise PeerError(f"cannot take arguments: {told}") from error
+def _checked(fields: Mapping[str, _Field], args: Mapping[str, Any]) -> _Args:
+    """The arguments, with those that were left out. PeerError names the first that is wrong."""
+    if unknown := sorted(set(args) - set(fields)):
+        raise PeerError(f"cannot take arguments: unknown '{unknown[0]}'")
+    found = {}
+    for name, field in fields.items():
+        value = args.get(name, field.default)
+        if value is _NEEDED:
+            raise PeerError(f"cannot take arguments: '{name}' is missing")
+        if name in args and not field.right(value):
+            raise PeerError(f"cannot take arguments: '{name}' must be {field.told}")
+        found[name] = value
+    return _Args(**found)
 
 
 class Jobs:
@@ -128,30 +124,30 @@ class Jobs:
 
     def handlers(self) -> dict[str, Handler]:
         """By operation."""
-        rows: dict[str, tuple[type[_Args], Callable[[Any], Sequence[Step]]]] = {
-            "ping": (_None, lambda args: [Step("ping", "accepted", lambda turn: {"pong": True})]),
-            "logs.tail": (_Lines, self._tail),
-            "diagnostics.collect": (_None, self._collect),
-            "model.install": (_Version, self._install),
-            "model.activate": (_Version, self._activate),
-            "model.rollback": (_Model, self._rollback),
-            "model.pin": (_Pin, self._pin),
-            "model.remove": (_Remove, self._remove),
-            "config.apply": (_Config, self._configure),
-            "store.scrub": (_None, self._scrub),
-            "store.gc": (_None, self._gc),
-            "store.rotate-key": (_None, self._rotate),
-            "cache.flush": (_None, self._flush),
-            "bench.run": (_Model, self._bench),
-            "maintenance.plan": (_Tasks, self._plan),
-            "agent.restart": (_None, self._restart),
-            "device.reboot": (_None, self._reboot),
+        rows: dict[str, tuple[Mapping[str, _Field], Callable[[_Args], Sequence[Step]]]] = {
+            "ping": ({}, lambda args: [Step("ping", "accepted", lambda turn: {"pong": True})]),
+            "logs.tail": (_LINES, self._tail),
+            "diagnostics.collect": ({}, self._collect),
+            "model.install": (_VERSION, self._install),
+            "model.activate": (_VERSION, self._activate),
+            "model.rollback": (_MODEL, self._rollback),
+            "model.pin": (_PIN, self._pin),
+            "model.remove": (_REMOVE, self._remove),
+            "config.apply": (_CONFIG, self._configure),
+            "store.scrub": ({}, self._scrub),
+            "store.gc": ({}, self._gc),
+            "store.rotate-key": ({}, self._rotate),
+            "cache.flush": ({}, self._flush),
+            "bench.run": (_MODEL, self._bench),
+            "maintenance.plan": (_TASKS, self._plan),
+            "agent.restart": ({}, self._restart),
+            "device.reboot": ({}, self._reboot),
         }
-        return {op: partial(_handle, kind, steps) for op, (kind, steps) in rows.items()}
+        return {op: partial(_handle, fields, steps) for op, (fields, steps) in rows.items()}
 
     # -- models ---------------------------------------------------------------------------------------------------
 
-    def _install(self, args: _Version) -> list[Step]:
+    def _install(self, args: _Args) -> list[Step]:
         """A version that is on the device already: verify it, try it where that is needed, let it answer."""
 
         def verify(turn: Turn) -> None:
@@ -167,10 +163,10 @@ class Jobs:
             *self._activate(args),
         ]
 
-    def _try(self, args: _Version, turn: Turn) -> None:
+    def _try(self, args: _Args, turn: Turn) -> None:
         self._around.installer.retry(args.model, args.version, turn.tell)
 
-    def _activate(self, args: _Version) -> list[Step]:
+    def _activate(self, args: _Args) -> list[Step]:
         def do(turn: Turn) -> Mapping[str, Any]:
             model = _model(self._around.store.document, args.model)
             _version(self._around.store.document, args.model, args.version)
@@ -181,7 +177,7 @@ class Jobs:
 
         return [Step("activate", "activating", do, self._is_active(args), self._activate_before(args.model))]
 
-    def _is_active(self, args: _Version) -> Callable[[Turn], bool]:
+    def _is_active(self, args: _Args) -> Callable[[Turn], bool]:
         def holds(turn: Turn) -> bool:
             model = self._around.store.document.models.get(args.model)
             return model is not None and model.active == args.version
@@ -197,7 +193,7 @@ class Jobs:
 
         return undo
 
-    def _rollback(self, args: _Model) -> list[Step]:
+    def _rollback(self, args: _Args) -> list[Step]:
         def do(turn: Turn) -> Mapping[str, Any]:
             model = _model(self._around.store.document, args.model)
             if "target" not in turn.notes:
@@ -214,7 +210,7 @@ class Jobs:
 
         return [Step("activate", "activating", do, holds, self._activate_before(args.model))]
 
-    def _pin(self, args: _Pin) -> list[Step]:
+    def _pin(self, args: _Args) -> list[Step]:
         def do(turn: Turn) -> Mapping[str, Any]:
             turn.notes.setdefault("before", _model(self._around.store.document, args.model).pinned)
             turn.save()
@@ -227,7 +223,7 @@ class Jobs:
 
         return [Step("pin", "installing", do, None, undo)]
 
-    def _remove(self, args: _Remove) -> list[Step]:
+    def _remove(self, args: _Args) -> list[Step]:
         def do(turn: Turn) -> Mapping[str, Any]:
             model = _model(self._around.store.document, args.model)
             if model.pinned and args.version in (None, model.active):
@@ -240,7 +236,7 @@ class Jobs:
 
         return [Step("remove", "installing", do, holds)]
 
-    def _bench(self, args: _Model) -> list[Step]:
+    def _bench(self, args: _Args) -> list[Step]:
         def do(turn: Turn) -> Mapping[str, Any]:
             _model(self._around.store.document, args.model)
             return _short(self._around.installer.choose_again(args.model, turn.tell, {}))
@@ -249,13 +245,13 @@ class Jobs:
 
     # -- store ----------------------------------------------------------------------------------------------------
 
-    def _scrub(self, args: _None) -> list[Step]:
+    def _scrub(self, args: _Args) -> list[Step]:
         return [Step("verify", "verifying", lambda turn: self._around.maintenance.verify(turn.tell))]
 
-    def _gc(self, args: _None) -> list[Step]:
+    def _gc(self, args: _Args) -> list[Step]:
         return [Step("collect", "installing", lambda turn: self._around.maintenance.gc())]
 
-    def _rotate(self, args: _None) -> list[Step]:
+    def _rotate(self, args: _Args) -> list[Step]:
         """Interrupted half way, a rotation is finished by beginning it again; done twice it would be another one."""
 
         def do(turn: Turn) -> Mapping[str, Any]:
@@ -273,7 +269,7 @@ class Jobs:
 
     # -- the agent and the device ---------------------------------------------------------------------------------
 
-    def _configure(self, args: _Config) -> list[Step]:
+    def _configure(self, args: _Args) -> list[Step]:
         configuring = self._around.configuring
         configuring.check(args.config)
         return [
@@ -287,30 +283,30 @@ class Jobs:
             Step("confirm", "probation", lambda turn: configuring.confirm(_mark(turn), turn.go_on)),
         ]
 
-    def _flush(self, args: _None) -> list[Step]:
+    def _flush(self, args: _Args) -> list[Step]:
         return [Step("flush", "installing", lambda turn: {"unloaded": self._around.unload_all()})]
 
-    def _tail(self, args: _Lines) -> list[Step]:
+    def _tail(self, args: _Args) -> list[Step]:
         return [Step("tail", "accepted", lambda turn: {"lines": self._around.tail(args.lines)})]
 
-    def _collect(self, args: _None) -> list[Step]:
+    def _collect(self, args: _Args) -> list[Step]:
         return [Step("collect", "accepted", lambda turn: self._around.collect())]
 
-    def _plan(self, args: _Tasks) -> list[Step]:
+    def _plan(self, args: _Args) -> list[Step]:
         if unknown := sorted(set(args.run) - set(self._around.task_names)):
             raise PeerError(
                 f"cannot run '{unknown[0]}': no such task", hint=f"there are {', '.join(self._around.task_names)}"
             )
         return [Step("run", "verifying", lambda turn: {"tasks": self._around.run_tasks(args.run, turn.go_on)})]
 
-    def _restart(self, args: _None) -> list[Step]:
+    def _restart(self, args: _Args) -> list[Step]:
         def do(turn: Turn) -> None:
             turn.notes["start"] = turn.boot_nonce
             raise RestartPending(self._around.restart)
 
         return [Step("restart", "rebooting", do, lambda turn: turn.notes.get("start") not in (None, turn.boot_nonce))]
 
-    def _reboot(self, args: _None) -> list[Step]:
+    def _reboot(self, args: _Args) -> list[Step]:
         def do(turn: Turn) -> None:
             turn.notes["boot"] = boot_id()
             raise RestartPending(self._around.reboot)
@@ -321,8 +317,10 @@ class Jobs:
         return [Step("reboot", "rebooting", do, holds, lambda turn: self._around.stay())]
 
 
-def _handle(kind: type[_Args], steps: Callable[[Any], Sequence[Step]], args: Mapping[str, Any]) -> Sequence[Step]:
-    return steps(_checked(kind, args))
+def _handle(
+    fields: Mapping[str, _Field], steps: Callable[[_Args], Sequence[Step]], args: Mapping[str, Any]
+) -> Sequence[Step]:
+    return steps(_checked(fields, args))
 
 
 def boot_id() -> str:

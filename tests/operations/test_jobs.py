@@ -171,7 +171,7 @@ def _takes(handler: Callable[[Mapping[str, Any]], Any], name: str, args: Mapping
     try:
         handler({name: args[name]})
     except PeerError as error:
-        return f"{name}: Extra inputs" not in str(error)
+        return f"unknown '{name}'" not in str(error)
     return True
 
 
