@@ -6,7 +6,8 @@ keeps in memory what the journal would keep on disk, "does" a job by waiting, an
 
 Told what to do by lines on stdin (one JSON document each), it answers by one line on stdout: ``go`` gives the links
 their settings, all in one instant, as power that comes back would; ``work`` says how long jobs take; ``look`` is
-answered by how things are; ``stop`` lets them say goodbye. Without being asked it tells how many jobs were accepted.
+answered by how things are; ``calm``, without an answer, forgets how late the process was; ``stop`` lets the links say
+goodbye. Without being asked it tells how many jobs were accepted.
 """
 
 from __future__ import annotations
@@ -314,6 +315,8 @@ async def obey(reader: asyncio.StreamReader, crowd: Crowd) -> None:
         elif command["do"] == "work":
             crowd.site.work_s = command["seconds"]
             say({"works": True})
+        elif command["do"] == "calm":
+            crowd.lag_s = 0.0
         elif command["do"] == "look":
             say({"look": crowd.look()})
         else:
