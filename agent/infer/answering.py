@@ -145,9 +145,12 @@ def _wanted(resident: Resident, request: InferRequest) -> tuple[str, ...]:
 
 def described(resident: Resident) -> dict[str, Any]:
     """For ``status``."""
+    best = resident.served.options[0]
     return {
         "model": resident.name.model,
         "version": resident.name.version,
+        "requested_variant": best.variant,
+        "requested_backend": best.provider,
         "variant": resident.option.variant,
         "backend": resident.session.provider,
         "form": resident.form.name,
