@@ -4,7 +4,8 @@ The network is MobileNetV2 (Sandler et al., 2018, table 2) with random weights. 
 every image alike, which would make agreement meaningless; so each convolution is normalised over a few images as a
 trained network's batch normalisation would, and the result is folded into weights and biases.
 
-Variants: ``fp32`` · ``fp16`` · ``int8-static`` (QDQ, per channel) · ``int8-dynamic`` · ``wrong-fast`` (a quarter of the width,
+Variants: ``fp32`` · ``fp16`` · ``int8-static`` (QDQ, per channel) · ``int8-dynamic`` · ``wrong-fast`` (a quarter of
+the width,
 other weights) · ``accurate-slow`` (two networks; the golden outputs are its own, so that nothing agrees with them
 better).
 

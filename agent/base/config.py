@@ -161,7 +161,7 @@ class SocketsConfig(_Section):
 class LinkConfig(_Section):
     """The broker. Without ``host`` the agent has no fleet to talk to, and needs none.
 
-    Files are opened by the link's user. Empty ``cert_file`` and ``key_file`` mean those that enrolment gave to the link.
+    Files are opened by the user of link. Empty ``cert_file`` and ``key_file`` mean those that enrolment gave to it.
     """
 
     host: Annotated[str, StringConstraints(max_length=253, pattern=r"^[A-Za-z0-9.:_-]*$")] = ""
