@@ -41,11 +41,12 @@ from agent.core.within import Within
 from agent.hardware.sensors import read_sensors
 from agent.infer.engine import Engine, EngineLimits, Key
 from agent.infer.runtimes.failures import return_memory
-from agent.infer.runtimes.probe import Runtimes
+from agent.infer.runtimes.probe import Runtimes, source_version
 from agent.infer.shelf import Option
 from agent.infer.tensors import InferRequest, InferResponse, Tensor
 from agent.infer.wishes import Wishes
-from agent.operations.install import Installer, Serving
+from agent.operations.forms import Forms, form_keys, forms_hold
+from agent.operations.install import Installer, Preparing, Serving
 from agent.operations.maintain import Maintenance
 from agent.operations.measured import Choice, ChooseVariant, DeviceView, outdated
 from agent.operations.shelving import shelf_from
@@ -151,6 +152,7 @@ class Core:
         )
         fence = Fence(device.facts.mem_limit_mb)
         self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._give_back)
+        self._form_key = form_keys(device.facts, device.threads, lru_cache(source_version))
         self._show(self._store.document)
         serving = Serving(
             show=lambda document: self._operations.on_loop(lambda: self._show(document)),
@@ -164,6 +166,7 @@ class Core:
             SystemClock(),
             unsigned=config.trust.unsigned,
             outdated=partial(outdated, view),
+            preparing=Preparing(self._make_forms_on(view), lambda entry: forms_hold(entry, self._form_key)),
             go_on=self._operations.go_on,
         )
         self._maintenance = Maintenance(self._store, serving.show)
@@ -242,6 +245,17 @@ class Core:
             return chooser()(*arguments)
 
         return choose
+
+    def _make_forms_on(self, view: DeviceView) -> Callable[..., Forms]:
+        """As the chooser: made when it is first needed."""
+
+        def make(*arguments: Any) -> Forms:
+            from agent.core.trying import make_form_maker  # noqa: PLC0415 - most starts prepare nothing
+
+            selection = self._config.selection
+            return make_form_maker(view, self._store, self._form_key, selection, self._operations.go_on)(*arguments)
+
+        return make
 
     # -- serving ------------------------------------------------------------------------------------------------------
 
@@ -353,7 +367,7 @@ class Core:
         return self._infer.metrics()
 
     def _show(self, document: CatalogDocument) -> None:
-        self._engine.put(shelf_from(document, self._store.read, self._device.threads))
+        self._engine.put(shelf_from(document, self._store.read, self._device.threads, self._form_key))
 
     def _load_now(self, model: str, version: str) -> None:
         self._operations.await_on_loop(self._engine.preload(model, version))

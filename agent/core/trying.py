@@ -15,8 +15,18 @@ from agent.hardware.energy import EnergyMeter
 from agent.hardware.sensors import read_sensors
 from agent.infer.trial import Surroundings
 from agent.operations.choosing import TrialSettings, VariantChooser
+from agent.operations.forms import FormKey
 from agent.operations.measured import DeviceView
+from agent.operations.preparing import FormMaker
 from agent.operations.shelving import OpenBlob
+from agent.store.store import Store
+
+
+def make_form_maker(
+    device: DeviceView, store: Store, key: FormKey, selection: SelectionConfig, go_on: Callable[[], None]
+) -> FormMaker:
+    """Prepares what was chosen, on this machine."""
+    return FormMaker(device, store, key, _surroundings(go_on), timeout_s=selection.trial_timeout_s)
 
 
 def make_chooser(
@@ -31,11 +41,14 @@ def make_chooser(
         memory_mb=None if selection.trial_memory_mb == "auto" else selection.trial_memory_mb,
         quarantine_after=selection.quarantine_after,
     )
-    around = Surroundings(
+    return VariantChooser(device, open_blob, settings, _surroundings(go_on))
+
+
+def _surroundings(go_on: Callable[[], None]) -> Surroundings:
+    return Surroundings(
         clock=SystemClock(),
         throttled=lambda: read_sensors().throttled_now,
         energy_j=EnergyMeter(),
         wait=time.sleep,
         go_on=go_on,
     )
-    return VariantChooser(device, open_blob, settings, around)

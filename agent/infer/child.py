@@ -25,7 +25,9 @@ from agent.infer.sandbox import Limits, confine, interpreter_folders
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from agent.infer.runtimes.base import Session
+    from agent.infer.runtimes.base import Runtime, Session
+
+Operation = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 #: Timed runs take these in turn: enough to vary the input, few enough to hold.
 _MOST_EXAMPLES = 16
@@ -58,24 +60,33 @@ class Child:
         self._golden_descriptor = golden
         self._bench: Bench | None = None
         self._rss_before_load = 0
+        self._runtime_now: Runtime | None = None
+
+    def operations(self) -> dict[str, Operation]:
+        """What it can be asked."""
+        return {
+            "prepare": self.prepare,
+            "load": self.load,
+            "check": self.check,
+            "round": self.round,
+            "memory": self.memory,
+        }
 
     def prepare(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Import the runtime, so that its memory is not counted as the model's."""
-        from agent.infer.runtimes.base import load_runtime  # noqa: PLC0415 - imported inside the confinement
-
-        runtime = load_runtime(request["runtime"])
+        runtime = self.runtime(request["runtime"])
         if self._golden_descriptor is not None:
             self._golden()
         return {"version": runtime.version, "providers": list(runtime.providers)}
 
     def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Load the model once; answers its signature, the provider that runs it and the time taken."""
-        from agent.infer.runtimes.base import LoadOptions, load_runtime  # noqa: PLC0415 - as above
+        from agent.infer.runtimes.base import LoadOptions  # noqa: PLC0415 - as above
 
         options = LoadOptions(request["provider"], request["threads"], request.get("parameters", {}))
-        self._require_whole(request["runtime"])
-        runtime = load_runtime(request["runtime"])
-        self._rss_before_load = _status_kb("VmRSS")
+        self.require_whole(request["runtime"])
+        runtime = self.runtime(request["runtime"])
+        self._rss_before_load = status_kb("VmRSS")
         start = time.perf_counter()
         session = runtime.load(self._model, options)
         load_s = time.perf_counter() - start
@@ -88,7 +99,7 @@ class Child:
             "outputs": [spec.model_dump() for spec in session.outputs],
         }
 
-    def _require_whole(self, runtime: str) -> None:
+    def require_whole(self, runtime: str) -> None:
         """DamagedError for an ONNX model that is none, or keeps tensors elsewhere.
 
         **Measured**: ONNX Runtime up to 1.22 takes such a "file" to be any file of the process, any descriptor that it
@@ -112,15 +123,18 @@ class Child:
             except PeerError as error:  # made-up inputs may be nonsense to this model: that is a note, no verdict
                 return {"agreement": None, "note": str(error)}
             return {"agreement": None}
+        return self.judge(bench.session, request["metric"])
+
+    def judge(self, session: Session, metric: Any) -> dict[str, Any]:
+        """Agreement with the golden outputs."""
         from agent.bundles.agreement import DisagreementError, agreement, join  # noqa: PLC0415 - imports numpy
 
         golden, names = self._golden(), list(self._golden().outputs)
         answers = [
-            dict(zip(names, bench.session.run(example, names), strict=True))
-            for example in golden.examples(bench.session.inputs)
+            dict(zip(names, session.run(example, names), strict=True)) for example in golden.examples(session.inputs)
         ]
         try:
-            value = agreement(request["metric"], golden.outputs, join(answers))
+            value = agreement(metric, golden.outputs, join(answers))
         except DisagreementError as error:
             return {"agreement": None, "disagrees": str(error)}
         return {"agreement": value if math.isfinite(value) else None, "examples": golden.count}
@@ -141,8 +155,16 @@ class Child:
 
     def memory(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Peak resident memory since just before the load, in MB: weights, arenas and outputs."""
-        peak = _status_kb("VmHWM")
+        peak = status_kb("VmHWM")
         return {"peak_mb": max(0.0, (peak - self._rss_before_load) / 1024)}
+
+    def runtime(self, name: str) -> Runtime:
+        """That runtime; one for the life of this process."""
+        from agent.infer.runtimes.base import load_runtime  # noqa: PLC0415 - imported inside the confinement
+
+        if self._runtime_now is None:
+            self._runtime_now = load_runtime(name)
+        return self._runtime_now
 
     def _loaded(self) -> Bench:
         if self._bench is None:
@@ -191,22 +213,16 @@ def made_up_inputs(session: Session, shapes: Mapping[str, list[int]]) -> dict[st
     return made
 
 
-def _status_kb(field: str) -> int:
+def status_kb(field: str) -> int:
+    """A size of this process by its name in proc_pid_status(5)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1])
     return 0
 
 
-def serve(control: socket.socket, child: Child) -> None:
+def serve(control: socket.socket, operations: Mapping[str, Operation]) -> None:
     """Answer requests until the parent hangs up. An expected error is an answer; anything else ends the child."""
-    operations: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-        "prepare": child.prepare,
-        "load": child.load,
-        "check": child.check,
-        "round": child.round,
-        "memory": child.memory,
-    }
     with control.makefile("rwb") as stream:
         for line in stream:
             request = json.loads(line)
@@ -222,12 +238,17 @@ def serve(control: socket.socket, child: Child) -> None:
 
 def main() -> None:
     """Entry: ``argv[1]`` is the JSON of the start parameters (descriptors and limits)."""
+    confined(lambda start: Child(start["model"], start["golden"]).operations())
+
+
+def confined(make: Callable[[Mapping[str, Any]], Mapping[str, Operation]]) -> None:
+    """Put on the confinement that the start parameters ask for, then answer with what ``make`` can do."""
     start = json.loads(sys.argv[1])
     if start["cpus"]:
         os.sched_setaffinity(0, start["cpus"])
     control = socket.socket(fileno=start["control"])
-    limits = Limits(data_bytes=start["data_bytes"], cpu_seconds=start["cpu_seconds"])
+    limits = Limits(start["data_bytes"], start["cpu_seconds"], start["file_bytes"])
     confinement = confine(interpreter_folders(), [Path(name) for name in start["devices"]], limits)
     hello = {"landlock_abi": confinement.landlock_abi, "pid": os.getpid()}
     control.sendall(json.dumps(hello).encode() + b"\n")
-    serve(control, Child(start["model"], start["golden"]))
+    serve(control, make(start))

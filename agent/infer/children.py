@@ -71,15 +71,19 @@ class ChildProcess:
         cpus: Sequence[int] = (),
         devices: Sequence[str] = (),
         module: str = "agent.infer.child",
+        file_bytes: int = 0,
         go_on: Callable[[], None] = lambda: None,
     ) -> None:
-        """``go_on`` is called while the child is waited for; what it raises comes out of the call."""
+        """``go_on`` is called while the child is waited for; what it raises comes out of the call.
+
+        ``file_bytes``: it may write so many into a memory file among its descriptors.
+        """
         self._go_on = go_on
         self._limits = limits
         self._baseline_kb = 0
         given = [fd for fd in descriptors.values() if fd is not None]
         #: Mapped, a memory file that was handed over counts as the child's although it is the caller's.
-        self._given_kb = sum(os.fstat(fd).st_size for fd in given) // 1024
+        self._given_kb = (file_bytes + sum(os.fstat(fd).st_size for fd in given)) // 1024
         ours, theirs = _socket_pair()
         try:
             start = {
@@ -87,6 +91,7 @@ class ChildProcess:
                 "control": theirs.fileno(),
                 "data_bytes": (limits.memory_mb + _RESERVED_MB) * _MB,
                 "cpu_seconds": limits.cpu_s,
+                "file_bytes": file_bytes,
                 "cpus": list(cpus),
                 "devices": [name for name in devices if Path(name).exists()],
             }

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.base.errors import UnsupportedError
 from agent.infer import landlock, seccomp
 
 _PR_SET_PDEATHSIG = 1
@@ -34,14 +35,17 @@ class Confinement:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Resource limits of the child: bytes of private writable memory, seconds of CPU time."""
+    """Resource limits of the child: bytes of private writable memory, seconds of CPU time, bytes of a file that it is
+    given to write (0: it writes none)."""
 
     data_bytes: int
     cpu_seconds: int
+    file_bytes: int = 0
 
 
 def confine(readable: Sequence[Path], devices: Sequence[Path], limits: Limits) -> Confinement:
-    """Give up everything but reading ``readable`` and using ``devices``. UnsupportedError where seccomp is missing.
+    """Give up everything but reading ``readable`` and using ``devices``. UnsupportedError where seccomp is missing, or
+    Landlock where a file is to be written: the filter cannot tell one file from another.
 
     Single-threaded use only: no_new_privs, Landlock and the filter hold for the calling thread and what it starts.
     """
@@ -56,7 +60,9 @@ def confine(readable: Sequence[Path], devices: Sequence[Path], limits: Limits) -
     _prctl(libc, _PR_SET_NO_NEW_PRIVS, 1)
     _drop_capabilities(libc)
     abi = landlock.restrict(readable, devices)
-    seccomp.restrict()
+    if limits.file_bytes and not abi:
+        raise UnsupportedError("cannot confine a child that writes: this kernel has no Landlock")
+    seccomp.restrict(rewrites=limits.file_bytes > 0)
     return Confinement(landlock_abi=abi)
 
 
@@ -75,7 +81,7 @@ def _set_limits(limits: Limits) -> None:
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_DATA, limits.data_bytes)
     _limit(resource.RLIMIT_CPU, limits.cpu_seconds)
-    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_FSIZE, limits.file_bytes)
     _limit(resource.RLIMIT_NOFILE, 256)
 
 

@@ -58,6 +58,7 @@ _DENIED_VALUES: dict[str, tuple[int, tuple[int, ...]]] = {
     "prctl": (0, (1, 4)),
 }
 #: Refused where the argument at that place has one of the bits: O_CREAT, O_TRUNC, __O_TMPFILE.
+_O_WRONLY, _O_RDWR, _O_TMPFILE = 0o1, 0o2, 0o20000000
 _DENIED_BITS: dict[str, tuple[int, int]] = {"open": (1, 0o20001100), "openat": (2, 0o20001100)}
 #: Do not exist here: the C library then takes the older call, whose arguments a filter can see.
 _UNKNOWN = ("clone3", "openat2")
@@ -134,8 +135,12 @@ def _machine() -> tuple[int, int]:
         raise UnsupportedError(f"cannot confine a trial: no system call table for {name}") from None
 
 
-def program_for(column: int, audit_arch: int, own_pid: int) -> bytes:
-    """The classic BPF program: struct sock_filter entries, 8 bytes each. Pure."""
+def program_for(column: int, audit_arch: int, own_pid: int, *, rewrites: bool = False) -> bytes:
+    """The classic BPF program: struct sock_filter entries, 8 bytes each. Pure.
+
+    ``rewrites``: files may be opened for writing and nothing else, to be made anew. Only for where Landlock decides
+    which: it refuses all but those that have no place in any folder, that is memory files held already.
+    """
     code: list[tuple[int, int, int, int]] = [
         (_LOAD, 0, 0, _ARCH),
         (_JUMP_EQUAL, 1, 0, audit_arch),
@@ -150,7 +155,7 @@ def program_for(column: int, audit_arch: int, own_pid: int) -> bytes:
             code += [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
     for name in _UNKNOWN:
         code += [(_JUMP_EQUAL, 0, 1, _NUMBERS[name][column]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
-    code += _refusals_by_argument(column)
+    code += _refusals_by_argument(column, rewrites=rewrites)
     # Threads yes, processes no.
     code += [
         (_JUMP_EQUAL, 0, 4, _NUMBERS["clone"][column]),
@@ -174,11 +179,15 @@ def program_for(column: int, audit_arch: int, own_pid: int) -> bytes:
     return b"".join(struct.pack("<HBBI", *instruction) for instruction in code)
 
 
-def _refusals_by_argument(column: int) -> list[tuple[int, int, int, int]]:
+def _refusals_by_argument(column: int, *, rewrites: bool) -> list[tuple[int, int, int, int]]:
     """Instructions for the calls of which only some arguments are refused; they end in a verdict for those calls."""
     code: list[tuple[int, int, int, int]] = []
     tests = {name: (at, [(_JUMP_EQUAL, value) for value in values]) for name, (at, values) in _DENIED_VALUES.items()}
-    tests |= {name: (at, [(_JUMP_SET, bits)]) for name, (at, bits) in _DENIED_BITS.items()}
+    if rewrites:
+        for name, (position, bits) in _DENIED_BITS.items():
+            code += _opening(_NUMBERS[name][column], position, bits)
+    else:
+        tests |= {name: (at, [(_JUMP_SET, bits)]) for name, (at, bits) in _DENIED_BITS.items()}
     for name, (position, conditions) in tests.items():
         number, count = _NUMBERS[name][column], len(conditions)
         if number < 0:
@@ -193,14 +202,33 @@ def _refusals_by_argument(column: int) -> list[tuple[int, int, int, int]]:
     return code
 
 
-def restrict() -> None:
+def _opening(number: int, position: int, bits: int) -> list[tuple[int, int, int, int]]:
+    """Of the refused flags O_CREAT and O_TRUNC pass with O_WRONLY alone; a nameless new file never does.
+
+    With O_RDWR as well a file is opened for neither, so that Landlock looks on, and the kernel cuts it all the same.
+    """
+    if number < 0:
+        return []
+    return [
+        (_JUMP_EQUAL, 0, 7, number),
+        (_LOAD, 0, 0, _ARGUMENT_0 + position * _ARGUMENT_BYTES),
+        (_JUMP_SET, 4, 0, _O_TMPFILE),
+        (_JUMP_SET, 1, 0, _O_RDWR),
+        (_JUMP_SET, 1, 0, _O_WRONLY),
+        (_JUMP_SET, 1, 0, bits),
+        (_RETURN, 0, 0, _ALLOW),
+        (_RETURN, 0, 0, _ERRNO | errno.EPERM),
+    ]
+
+
+def restrict(*, rewrites: bool = False) -> None:
     """Put the filter on this thread and all that it starts. UnsupportedError where the kernel or machine has none.
 
-    Needs no_new_privs, or CAP_SYS_ADMIN.
+    Needs no_new_privs, or CAP_SYS_ADMIN. ``rewrites`` as in ``program_for``.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     column, audit_arch = _machine()
-    program = program_for(column, audit_arch, os.getpid())
+    program = program_for(column, audit_arch, os.getpid(), rewrites=rewrites)
     buffer = ctypes.create_string_buffer(program, len(program))
 
     class Program(ctypes.Structure):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from agent.base.clock import Clock, iso
 from agent.base.errors import AgentError, ConflictError, NotFoundError, RefusedError, UnsupportedError
 from agent.bundles.manifest import FileRef, Manifest
+from agent.operations.forms import PREFIX, Forms
 from agent.operations.incoming import contents, opened
 from agent.operations.measured import Choice, ChooseVariant, Known, Progress, known_of
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
@@ -42,6 +43,14 @@ class Serving:
     load: Callable[[str, str], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Preparing:
+    """How a version's prepared forms are made, and whether those that it has still hold (``operations.forms``)."""
+
+    make: Callable[[Manifest, Mapping[str, BlobRef], Choice, Progress], Forms] = lambda *_: Forms()
+    hold: Callable[[VersionEntry], bool] = lambda entry: True
+
+
 class Installer:
     """Adds, activates, rolls back and removes. One operation at a time: the caller sees to that."""
 
@@ -54,8 +63,10 @@ class Installer:
         *,
         unsigned: Literal["allow", "refuse"] = "allow",
         outdated: Outdated = lambda manifest, known, chosen: (),
+        preparing: Preparing = Preparing(),
         go_on: Callable[[], None] = lambda: None,
     ) -> None:
+        self._preparing = preparing
         self._store = store
         self._choose = choose
         self._serving = serving
@@ -86,7 +97,10 @@ class Installer:
         try:
             choice = self._choose(manifest, refs, self._known(manifest), request.shapes or {}, progress)
             _require_choice(choice, f"cannot add model '{name}'")
-            self._commit_loaded(manifest, _version_entry(manifest, refs, choice, self._now()), progress)
+            forms = self._preparing.make(manifest, refs, choice, progress)
+            refs |= forms.blobs
+            entry = _entry_with_forms(_version_entry(manifest, refs, choice, self._now()), forms)
+            self._commit_loaded(manifest, entry, progress)
         except BaseException:
             self._store.discard(refs.values())
             raise
@@ -130,6 +144,7 @@ class Installer:
         choice = self._choose(entry.manifest, entry.blobs, Known(quarantine=entry.quarantine), shapes, progress)
         _require_choice(choice, f"cannot choose a variant of '{name}'")
         self._serving.show(self._store.commit(lambda document: _with_choice(document, name, version, choice)))
+        self.renew_forms(name, version, progress)
         self._serving.load(name, version)
         return self._result(name, version)
 
@@ -137,10 +152,27 @@ class Installer:
         """Try the candidates of an installed version where what was measured no longer holds; whether it did."""
         entry = self._version(name, version)
         if not self._outdated(entry.manifest, known_of(entry), entry.chosen):
+            self.renew_forms(name, version, progress)
             return False
         choice = self._choose(entry.manifest, entry.blobs, Known(quarantine=entry.quarantine), {}, progress)
         _require_choice(choice, f"cannot choose a variant of '{name}'")
         self._serving.show(self._store.commit(lambda document: _with_choice(document, name, version, choice)))
+        self.renew_forms(name, version, progress)
+        return True
+
+    def renew_forms(self, name: str, version: str, progress: Progress) -> bool:
+        """Prepare the chosen variant of a version anew where its forms no longer hold; whether it was done."""
+        entry = self._version(name, version)
+        if self._preparing.hold(entry):
+            return False
+        choice = Choice(entry.chosen, {}, measurements=dict(entry.measurements))
+        forms = self._preparing.make(entry.manifest, entry.blobs, choice, progress)
+        try:
+            self._serving.show(self._store.commit(lambda document: _with_forms(document, name, version, forms)))
+        except BaseException:
+            self._store.discard(forms.blobs.values())
+            raise
+        self._store.gc()
         return True
 
     def pin(self, name: str, *, pinned: bool) -> None:
@@ -165,7 +197,18 @@ class Installer:
                     self.choose_again(name, progress, {})
                 except AgentError as error:
                     _LOG.warning("model %s keeps its variant: %s", name, error)
+        self._renew_all(progress)
         return changed
+
+    def _renew_all(self, progress: Progress) -> None:
+        """The prepared forms of every active version, where the runtime is another than they were made for, say."""
+        for name, model in self._store.document.models.items():
+            self._go_on()
+            try:
+                if model.active is not None and self.renew_forms(name, model.active, progress):
+                    _LOG.info("model %s %s is prepared anew", name, model.active)
+            except AgentError as error:
+                _LOG.warning("model %s keeps its forms: %s", name, error)
 
     # -- within -------------------------------------------------------------------------------------------------------
 
@@ -298,6 +341,18 @@ def _with_choice(document: CatalogDocument, name: str, version: str, choice: Cho
         }
     )
     return _with_version(document, name, version, entry)
+
+
+def _with_forms(document: CatalogDocument, name: str, version: str, forms: Forms) -> CatalogDocument:
+    return _with_version(document, name, version, _entry_with_forms(document.models[name].versions[version], forms))
+
+
+def _entry_with_forms(entry: VersionEntry, forms: Forms) -> VersionEntry:
+    """The entry with these forms in place of those that it had."""
+    blobs = {part: ref for part, ref in entry.blobs.items() if not part.startswith(PREFIX)} | forms.blobs
+    choice = {**(entry.choice or {}), "forms": forms.records}
+    damaged = tuple(part for part in entry.damaged if not part.startswith(PREFIX))
+    return entry.model_copy(update={"blobs": blobs, "choice": choice, "damaged": damaged})
 
 
 def _with_active(document: CatalogDocument, name: str, version: str) -> CatalogDocument:

@@ -28,6 +28,7 @@ def describe_model(name: str, model: ModelEntry) -> dict[str, Any]:
                 "manifest": entry.manifest.model_dump(mode="json"),
                 "explain": (entry.choice or {}).get("explain"),
                 "order": (entry.choice or {}).get("order", []),
+                "forms": (entry.choice or {}).get("forms", {}),
                 "quarantine": entry.quarantine,
             }
             for version, entry in model.versions.items()

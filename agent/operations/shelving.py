@@ -7,10 +7,12 @@ next one answers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from agent.infer.shelf import Option, Served, Shelf
+from agent.operations.forms import FormKey, no_forms, shelved_forms
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
 
 if TYPE_CHECKING:
@@ -22,10 +24,10 @@ UNMEASURED_FACTOR = 3.0
 UNMEASURED_MB = 8.0
 
 
-def shelf_from(document: CatalogDocument, open_blob: OpenBlob, threads: int) -> Shelf:
+def shelf_from(document: CatalogDocument, open_blob: OpenBlob, threads: int, form_key: FormKey = no_forms) -> Shelf:
     """Everything that is installed. ``threads``: of one run, where nothing was measured."""
     versions = {
-        (name, version): _served(name, version, entry, open_blob, threads)
+        (name, version): _served(name, version, entry, open_blob, threads, form_key)
         for name, model in document.models.items()
         for version, entry in model.versions.items()
     }
@@ -44,7 +46,9 @@ def active_entry(model: ModelEntry) -> VersionEntry | None:
     return model.versions.get(model.active) if model.active is not None else None
 
 
-def _served(name: str, version: str, entry: VersionEntry, open_blob: OpenBlob, threads: int) -> Served:
+def _served(
+    name: str, version: str, entry: VersionEntry, open_blob: OpenBlob, threads: int, form_key: FormKey
+) -> Served:
     manifest = entry.manifest
     options, missing = [], []
     for candidate in order_of(entry):
@@ -56,23 +60,23 @@ def _served(name: str, version: str, entry: VersionEntry, open_blob: OpenBlob, t
             continue
         measured: dict[str, Any] = entry.measurements.get(candidate, {})
         key = measured.get("key") or {}
-        options.append(
-            Option(
-                candidate=candidate,
-                variant=variant_id,
-                runtime=variant.runtime,
-                provider=provider,
-                threads=int(key.get("threads", threads)),
-                need_mb=_need_mb(measured, ref),
-                open_model=partial(open_blob, ref),
-                p95_ms=measured.get("p95_ms"),
-                parameters=variant.parameters,
-                digest=ref.payload,
-                size=ref.size,
-                load_s=_load_s(measured),
-                shares=variant.runtime == "tflite",  # it maps the file and leaves the weights there
-            )
+        option = Option(
+            candidate=candidate,
+            variant=variant_id,
+            runtime=variant.runtime,
+            provider=provider,
+            threads=int(key.get("threads", threads)),
+            need_mb=_need_mb(measured, ref),
+            open_model=partial(open_blob, ref),
+            p95_ms=measured.get("p95_ms"),
+            parameters=variant.parameters,
+            digest=ref.payload,
+            size=ref.size,
+            load_s=_load_s(measured),
+            shares=variant.runtime == "tflite",  # it maps the file and leaves the weights there
         )
+        forms = shelved_forms(entry, candidate, option.plain(), form_key, open_blob)
+        options.append(replace(option, forms=forms))
     reason = "" if options else "; ".join(missing) or "no variant was accepted on this device"
     return Served(
         name, version, manifest.inputs, manifest.outputs, tuple(options), reason, manifest.labels, manifest.task

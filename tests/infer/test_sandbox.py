@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import os
 import re
 import socket
@@ -30,11 +32,12 @@ def attack(tmp_path):
     return run
 
 
-def hostile_child(memory_mb=256, cpu_s=30):
+def hostile_child(memory_mb=256, cpu_s=30, given=None, file_bytes=0):
     return ChildProcess(
-        {"model": None, "golden": None},
+        {"model": None, "golden": None, "given": given},
         ChildLimits(memory_mb, start_s=20, cpu_s=cpu_s),
         module="tests.infer.hostile.attacks",
+        file_bytes=file_bytes,
     )
 
 
@@ -122,6 +125,42 @@ def test_no_file_is_made_or_cut_short_even_where_landlock_is_missing(call, tmp_p
         assert call("openat", -100, str(there), flags, 0o600) == {"refused": "EPERM"}
     assert call("openat2", -100, str(there), "\0" * 24, 24) == {"refused": "ENOSYS"}
     assert there.read_bytes() == b"x"
+
+
+@needs_landlock
+def test_a_child_that_is_given_a_file_to_write_writes_that_one_within_bounds_and_no_other(tmp_path):
+    there = tmp_path / "there"
+    there.write_bytes(b"secret")
+    there.chmod(0o666)
+    number = seccomp._NUMBERS["openat"][seccomp._machine()[0]]
+    sealed = os.memfd_create("model", os.MFD_ALLOW_SEALING)
+    os.write(sealed, b"weights")
+    fcntl.fcntl(sealed, 1033, 0xF)
+    given = os.memfd_create("given")
+    try:
+        with hostile_child(given=given, file_bytes=5000) as child:
+            child.greet()
+            assert child.call("write_given", 20, descriptor=given, bytes=5000) == {"done": 5000}
+            assert child.call("write_given", 20, descriptor=given, bytes=5001) == {"refused": "EFBIG"}
+            for path in (str(tmp_path / "new"), "/tmp/edge-agent-escape", str(there)):
+                assert child.call("write_file", 20, path=path) == {"refused": "EACCES"}
+            assert child.call("read_file", 20, path=str(there)) == {"refused": "EACCES"}
+            readable = os.path.realpath(socket.__file__)  # below a folder that it may read
+            for flags in (
+                os.O_RDONLY | os.O_TRUNC, os.O_RDWR | os.O_TRUNC, os.O_WRONLY | os.O_RDWR | os.O_TRUNC,
+                os.O_RDWR | os.O_CREAT, os.O_TMPFILE | os.O_WRONLY, os.O_WRONLY | os.O_TRUNC, os.O_WRONLY,
+            ):  # fmt: skip
+                answer = child.call("system_call", 20, number=number, arguments=[-100, readable, flags, 0o600])
+                assert answer["refused"] in ("EPERM", "EACCES"), flags
+        with hostile_child(given=sealed, file_bytes=5000) as child:
+            child.greet()
+            assert child.call("write_given", 20, descriptor=sealed, bytes=1)["refused"] in ("EPERM", "EACCES")
+    finally:
+        os.close(given)
+        os.close(sealed)
+    assert there.read_bytes() == b"secret"
+    assert not Path("/tmp/edge-agent-escape").exists()
+    assert os.path.getsize(socket.__file__) > 0
 
 
 def test_the_daemon_is_neither_slowed_down_nor_signalled_by_way_of_a_descriptor(call):
@@ -229,8 +268,9 @@ def test_lies_on_the_control_socket_are_a_crash(what):
 
 
 def test_the_filter_is_a_valid_program_for_every_architecture():
-    for column, audit in ((0, 0xC000003E), (1, 0xC00000B7), (2, 0x40000028)):
-        program = program_for(column, audit, 1234)
+    architectures = ((0, 0xC000003E), (1, 0xC00000B7), (2, 0x40000028))
+    for (column, audit), rewrites in itertools.product(architectures, (False, True)):
+        program = program_for(column, audit, 1234, rewrites=rewrites)
         assert len(program) % 8 == 0
         assert len(program) // 8 < 4096  # BPF_MAXINSNS
         for index in range(0, len(program), 8):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from agent.base.errors import UnsupportedError
+from agent.base.files import read_bounded
 from agent.infer.children import ChildError, ChildLimits, ChildProcess
 from agent.infer.runtimes.base import Runtime, load_runtime
 
@@ -17,6 +20,7 @@ DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
 }
 #: Runtime -> the modules of which one is imported.
 MODULES: Mapping[str, tuple[str, ...]] = {"onnx": ("onnxruntime",), "tflite": ("ai_edge_litert", "tflite_runtime")}
+_MAX_SOURCE = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,22 @@ def installed_version(name: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def source_version(name: str) -> str:
+    """The version that the installed package says of itself in its source; empty where it is not there, or says none.
+
+    Read without importing the package, or anything else: a start asks before anything is served.
+    """
+    for module in MODULES[name]:
+        try:
+            spec = find_spec(module)
+            text = read_bounded(Path(spec.origin), _MAX_SOURCE).decode("utf-8") if spec and spec.origin else ""
+        except (ImportError, OSError, UnicodeDecodeError, ValueError):
+            continue
+        if found := re.search(r"""^__version__ = ["']([^"']{1,64})["']""", text, re.MULTILINE):
+            return found[1]
+    return ""
 
 
 def probe_runtime(name: str) -> RuntimeState:

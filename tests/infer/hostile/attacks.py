@@ -100,6 +100,7 @@ ATTACKS = {
     "read_file": lambda a: {"done": len(Path(a["path"]).read_bytes())},
     "list_folder": lambda a: {"done": os.listdir(a["path"])},
     "write_file": lambda a: {"done": Path(a["path"]).write_bytes(b"x")},
+    "write_given": lambda a: {"done": Path(f"/proc/self/fd/{a['descriptor']}").write_bytes(b"x" * a["bytes"])},
     "open_socket": lambda a: {
         "done": socket.socket(a["family"], socket.SOCK_RAW if a["family"] == 16 else socket.SOCK_STREAM)
     },
@@ -125,7 +126,7 @@ ATTACKS = {
 def main():
     start = json.loads(sys.argv[1])
     control = socket.socket(fileno=start["control"])
-    confine(interpreter_folders(), [], Limits(start["data_bytes"], start["cpu_seconds"]))
+    confine(interpreter_folders(), [], Limits(start["data_bytes"], start["cpu_seconds"], start["file_bytes"]))
     control.sendall(b'{"hello": true}\n')
     for line in control.makefile("rb"):
         request = json.loads(line)

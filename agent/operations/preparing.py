@@ -1,0 +1,119 @@
+"""Making a version's prepared forms: in a child, judged, encrypted. A form that cannot be had fails nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from agent.base.errors import AgentError
+from agent.bundles.agreement import passes
+from agent.bundles.manifest import Manifest
+from agent.infer.forms import needs_file
+from agent.infer.preparing import SECONDS, Prepared, prepared
+from agent.infer.trial import Entrant, Surroundings, TrialPlan
+from agent.operations.forms import PREFIX, FormKey, Forms
+from agent.operations.measured import Choice, DeviceView, Progress, key_on
+from agent.selection.rules import candidate_of
+from agent.store.document import BlobRef
+from agent.store.store import Store
+
+#: A model that loads as fast as this has little to gain, and a device may have hundreds of those.
+_WORTH_MS = 4.0
+_PIECE_BYTES = 1 << 20
+_LOG = logging.getLogger("edge_agent.operations")
+
+
+class FormMaker:
+    """Blocking; one at a time."""
+
+    def __init__(
+        self,
+        device: DeviceView,
+        store: Store,
+        key: FormKey,
+        around: Surroundings,
+        *,
+        timeout_s: float = 120.0,
+        seconds: float = SECONDS,
+    ) -> None:
+        self._device = device
+        self._store = store
+        self._key = key
+        self._timeout_s = timeout_s
+        self._seconds = seconds
+        self._around = around
+
+    def __call__(self, manifest: Manifest, blobs: Mapping[str, BlobRef], choice: Choice, progress: Progress) -> Forms:
+        """The forms of the chosen candidate. Raises only what ends the whole operation (``around.go_on``)."""
+        variant_id, _, provider = (choice.chosen or "").partition("@")
+        if not variant_id or not (key := self._key(manifest.variant(variant_id), provider)):
+            return Forms()
+        candidate = str(choice.chosen)
+        load_ms = choice.measurements.get(candidate, {}).get("load_ms")
+        if isinstance(load_ms, (int, float)) and load_ms < _WORTH_MS:
+            return Forms({candidate: {"key": key, "forms": [], "note": f"loads in {load_ms:.1f} ms as it is"}})
+        progress({"stage": "prepare", "candidate": candidate})
+        try:
+            with prepared(
+                self._entrant(manifest, blobs, candidate), self._plan(manifest, blobs), self._around, self._seconds
+            ) as found:
+                return self._kept(manifest, candidate, key, found)
+        except AgentError as error:
+            self._around.go_on()  # ends the operation, if that is what the error was
+            _LOG.warning("model %s %s is not prepared: %s", manifest.name, manifest.version, error)
+            return Forms()
+
+    def _kept(self, manifest: Manifest, candidate: str, key: str, found: Prepared) -> Forms:
+        """Encrypt the file, if there is one to keep, and write down what was found."""
+        record: dict[str, Any] = {
+            "key": key,
+            "forms": [figures.to_json() for figures in found.forms],
+            "plain": found.plain.to_json() if found.plain else None,
+            "part": None,
+            "note": found.note,
+        }
+        if found.descriptor is None or not needs_file(found.forms):
+            return Forms({candidate: record})
+        part = record["part"] = f"{PREFIX}{candidate}/{key[:12]}"
+        ref = self._store.add_blob(manifest.name, manifest.version, part, _pieces(found.descriptor))
+        return Forms({candidate: record}, {part: ref})
+
+    def _entrant(self, manifest: Manifest, blobs: Mapping[str, BlobRef], candidate: str) -> Entrant:
+        variant_id, _, provider = candidate.partition("@")
+        variant = manifest.variant(variant_id)
+        ref = blobs[variant.file.name]
+        key = key_on(self._device, candidate_of(variant, provider), self._device.inventory(), manifest)
+        return Entrant(candidate, key, lambda: self._store.read(ref), parameters=variant.parameters)
+
+    def _plan(self, manifest: Manifest, blobs: Mapping[str, BlobRef]) -> TrialPlan:
+        headroom = self._device.headroom_mb()
+        golden = manifest.golden
+        plan = TrialPlan(
+            memory_mb=headroom,
+            headroom_mb=headroom,
+            cpus=self._device.cpus,
+            load_timeout_s=self._timeout_s,
+            check_timeout_s=self._timeout_s * 2,
+            run_timeout_s=self._timeout_s,
+        )
+        if golden is None:
+            return plan
+        ref = blobs[golden.file.name]
+        return replace(
+            plan,
+            open_golden=lambda: self._store.read(ref),
+            metric=golden.metric,
+            threshold=golden.threshold,
+            passes=lambda value: passes(golden, value),
+        )
+
+
+def _pieces(descriptor: int) -> Iterator[bytes]:
+    """A file from its beginning, by position: the child may have moved the one that we share."""
+    offset = 0
+    while piece := os.pread(descriptor, _PIECE_BYTES, offset):
+        yield piece
+        offset += len(piece)
