@@ -58,6 +58,7 @@ class Standing:
         """Serve this shelf from now on. Sessions that it no longer holds end when their last request is done."""
         self.shelf = shelf
         ways = dict(_ways(shelf))
+        chosen = {key: resident.served.options[0].candidate for key, resident in self._hot.items()}
         for name, resident in list(self._residents.items()):
             if name in ways:
                 resident.served = ways[name].served
@@ -65,9 +66,17 @@ class Standing:
                 del self._hot[resident.key]
         self.pins &= shelf.versions.keys()
         self.loader.put(ways)
-        for resident in list(self._hot.values()):
-            if resident.served.options[0].candidate != resident.option.candidate and not resident.degraded_because:
-                self._change(resident, self._lease_new(resident.served))  # the choice is another: it takes over
+        for key, resident in list(self._hot.items()):
+            self._choose_again(resident, chosen[key])
+
+    def _choose_again(self, resident: Resident, before: str) -> None:
+        """The choice may be another than the candidate ``before``: it takes over, or is what answers already."""
+        best = resident.served.options[0]
+        if best.candidate == resident.option.candidate:
+            if best.provider == resident.session.provider:
+                resident.degraded_because = ""
+        elif best.candidate != before or not resident.degraded_because:
+            self._change(resident, self._lease_new(resident.served))
 
     def preload(self, served: Served) -> None:
         """Load it when there is room to spare, or at least decrypt it."""

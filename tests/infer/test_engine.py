@@ -325,6 +325,37 @@ def test_a_provider_that_is_gone_falls_back_to_the_next_and_says_so():
     drive(story)
 
 
+def test_what_stood_in_is_no_longer_degraded_once_it_is_the_choice():
+    async def story(engine):
+        lost, spare = option(Blob(b"", broken=True), "int8"), option(Blob(onnx_models.linear()), "fp32")
+        engine.put(shelf(served("m", lost, spare)))
+        await answer(engine, "m")
+        opened = spare.open_model.opened
+        engine.put(shelf(served("m", lost, spare)))  # something else has changed
+        assert engine.loaded()[0]["degraded"] is True
+        engine.put(shelf(served("m", spare, lost)))
+        row = engine.loaded()[0]
+        assert (row["requested_variant"], row["variant"], row["degraded"], row["reason"]) == ("fp32", "fp32", False, "")
+        assert (await answer(engine, "m")).parameters["degraded"] is False
+        assert spare.open_model.opened == opened  # the session that stood in goes on
+
+    drive(story)
+
+
+def test_a_new_choice_takes_over_from_what_stood_in():
+    async def story(engine):
+        lost, spare = option(Blob(b"", broken=True), "int8"), option(Blob(onnx_models.linear()), "fp32")
+        third = option(Blob(onnx_models.linear()), "fp16")
+        engine.put(shelf(served("m", lost, spare)))
+        await answer(engine, "m")
+        engine.put(shelf(served("m", third, lost, spare)))
+        while engine.loaded()[0]["variant"] != "fp16":
+            await asyncio.sleep(0.005)
+        assert (await answer(engine, "m")).parameters["degraded"] is False
+
+    drive(story)
+
+
 def test_when_no_variant_can_be_read_the_error_names_each_and_other_models_answer():
     async def story(engine):
         engine.put(

@@ -419,8 +419,9 @@ def test_the_backend_is_told_as_before():
         assert (await answer(engine, "m")).parameters["backend"] == CPU
         assert engine.loaded() == [
             {
-                "model": "m", "version": "1.0.0", "variant": "fp32", "backend": CPU, "form": "plain", "mb": 10.0,
-                "degraded": False, "reason": "", "pinned": False,
+                "model": "m", "version": "1.0.0", "requested_variant": "fp32", "requested_backend": CPU,
+                "variant": "fp32", "backend": CPU, "form": "plain", "mb": 10.0, "degraded": False, "reason": "",
+                "pinned": False,
             }
         ]  # fmt: skip
 
