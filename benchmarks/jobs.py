@@ -39,8 +39,8 @@ EACH, FROM_KILLS = 20, 1000
 MEASURED_RUNS = 5
 #: Draws of which none lands, after which something is wrong.
 MOST_DRAWS = 60
-#: Of a cut: what a connection takes to be made, and a job to be given and told.
-MOST_BYTES = 9_000
+#: What a connection takes to be made, TLS and all.
+HANDSHAKE_BYTES = 6_000
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ class Run:
         self.victims = ("core", "core", "core", "link", "path" if site.proxy else "broker")
         self.rows: dict[str, Row] = defaultdict(Row)
         self.durations: dict[str, float] = {}
+        self.carried: dict[str, int] = {}
         self.expected = Expected()
         self.interrupted: set[str] = set()
         self._args: dict[str, dict] = {}
@@ -132,8 +133,14 @@ class Run:
     def measure(self, runs: int) -> None:
         """Seconds from giving a job to hearing its end, undisturbed."""
         for op in OPS:
+            before = self._forwarded
             took = [self.burst([op]) for _ in range(runs)]
             self.durations[op.name] = statistics.median(took)
+            self.carried[op.name] = (self._forwarded - before) // runs
+
+    @property
+    def _forwarded(self) -> int:
+        return self.site.proxy.forwarded if self.site.proxy else 0
 
     # -- bursts -------------------------------------------------------------------------------------------------------
 
@@ -198,7 +205,7 @@ class Run:
         done = False
         proxy = self.site.proxy if victim == "path" else None
         if proxy is not None:
-            self._plan_cut(proxy)
+            self._plan_cut(proxy, sum(self.carried[job.op] for job in jobs))
 
         def is_due() -> bool:
             return proxy.connections > self._connections if proxy else time.monotonic() - began >= at
@@ -211,13 +218,13 @@ class Run:
 
         return look
 
-    def _plan_cut(self, proxy: Proxy) -> None:
-        """Some thousand bytes from now, and in half of the cases once more while the next connection is made."""
+    def _plan_cut(self, proxy: Proxy, carried: int) -> None:
+        """Within what the jobs will take of the path, and in half of the cases again while the next one is made."""
         if proxy.connections > self._connections:
             self._connections, self._before = proxy.connections, proxy.forwarded
-        counts = [proxy.forwarded - self._before + self.chance.randrange(MOST_BYTES)]
+        counts = [proxy.forwarded - self._before + self.chance.randrange(max(1, carried))]
         if self.chance.random() < 0.5:
-            counts.append(self.chance.randrange(1, MOST_BYTES))
+            counts.append(self.chance.randrange(1, HANDSHAKE_BYTES))
         proxy.cut_after(*counts)
 
     def _kill(self, victim: str, moment: float, jobs: list[Given]) -> list[str]:
