@@ -41,7 +41,8 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from agent.base.clock import SystemClock
-from agent.base.config import Config, Paths
+from agent.base.config import Config
+from agent.base.paths import Paths
 from agent.bundles.agreement import agreement, load_golden
 from agent.bundles.manifest import Manifest, parse_manifest
 from agent.core.device import look_at_device

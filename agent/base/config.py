@@ -1,4 +1,4 @@
-"""The configuration file: its keys, their defaults and limits, and where the agent's files are.
+"""The configuration file: its keys, their defaults and limits.
 
 Invariants: an unknown key is an error, so that a misspelt limit never silently fails to hold; every default serves on
 every device; a loaded ``Config`` is frozen, a reload makes a new one. Only ``load`` and ``read_toml`` read the disk.
@@ -11,7 +11,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,12 +25,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # the same reader, for Python 3.10
 
-DEFAULT_CONFIG = Path("/etc/edge-agent/config.toml")
-DEFAULT_STATE_DIR = Path("/var/lib/edge-agent")
-DEFAULT_RUN_DIR = Path("/run/edge-agent")
 MAX_TOML_BYTES = 1 << 20
-#: sun_path of unix(7) without its closing NUL.
-MAX_SOCKET_PATH = 107
 
 #: "auto" leaves a number to the profile of the board or to what is measured.
 Auto = Literal["auto"]
@@ -296,83 +290,6 @@ def describe_problems(error: ValidationError, model: type[BaseModel] | None = No
     unique = _join_unions(lines)
     more = f" (and {len(unique) - limit} more)" if len(unique) > limit else ""
     return "; ".join(unique[:limit]) + more
-
-
-@dataclass(frozen=True, slots=True)
-class Paths:
-    """Where the agent's files are. ``config_explicit`` tells that somebody named the file, so that it must exist."""
-
-    config: Path = DEFAULT_CONFIG
-    state_dir: Path = DEFAULT_STATE_DIR
-    run_dir: Path = DEFAULT_RUN_DIR
-    config_explicit: bool = False
-
-    @property
-    def infer_socket(self) -> Path:
-        """The apps' socket. ConfigError when the kernel could not bind a path of this length."""
-        return self._socket("infer.sock")
-
-    @property
-    def admin_socket(self) -> Path:
-        """The socket of root and link. ConfigError when the kernel could not bind a path of this length."""
-        return self._socket("admin.sock")
-
-    @property
-    def user_profiles(self) -> Path:
-        """The integrator's own hardware profiles, beside the configuration file; they win over the shipped ones."""
-        return self.config.parent / "hw_profiles"
-
-    @property
-    def link_dir(self) -> Path:
-        """Where link keeps its key, its certificate and its outbox. As a service it is a user of its own."""
-        beside = self.state_dir == DEFAULT_STATE_DIR
-        return self.state_dir.with_name(f"{self.state_dir.name}-link") if beside else self.state_dir / "link"
-
-    @property
-    def trust_file(self) -> Path:
-        """Whom this device obeys, beside the configuration file."""
-        return self.config.parent / "trust.toml"
-
-    @property
-    def journal(self) -> Path:
-        """Jobs of the fleet."""
-        return self.state_dir / "journal.db"
-
-    @property
-    def device_secret(self) -> Path:
-        """The file that holds the device secret where the service manager has no credential."""
-        return self.state_dir / "keys" / "device-secret"
-
-    def _socket(self, name: str) -> Path:
-        path = self.run_dir / name
-        length = len(os.fsencode(path))
-        if length > MAX_SOCKET_PATH:
-            raise ConfigError(
-                f"cannot use {path} as a socket: {length} bytes, the kernel takes {MAX_SOCKET_PATH}",
-                hint="choose a shorter --run-dir",
-            )
-        return path
-
-
-def resolve_paths(
-    environ: Mapping[str, str],
-    *,
-    config: str | os.PathLike[str] | None = None,
-    state_dir: str | os.PathLike[str] | None = None,
-    run_dir: str | os.PathLike[str] | None = None,
-) -> Paths:
-    """Flag before environment before default, each made absolute. An empty variable counts as not set."""
-
-    def pick(flag: str | os.PathLike[str] | None, variable: str, default: Path) -> Path:
-        chosen = flag if flag is not None else environ.get(variable) or default
-        return Path(os.path.abspath(chosen))
-
-    return Paths(
-        config=pick(config, "EDGE_AGENT_CONFIG", DEFAULT_CONFIG),
-        state_dir=pick(state_dir, "EDGE_AGENT_STATE_DIR", DEFAULT_STATE_DIR),
-        run_dir=pick(run_dir, "EDGE_AGENT_RUN_DIR", DEFAULT_RUN_DIR),
-        config_explicit=config is not None or bool(environ.get("EDGE_AGENT_CONFIG")),
-    )
 
 
 def _syntax(message: str) -> str:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from agent.base.config import Paths
+from agent.base.paths import Paths
 from agent.cli.call import call_core
 from agent.cli.commands import Commands, add_command
 from agent.cli.terminal import EXIT_FAILED, megabytes, print_json, print_table

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agent.base.config import Paths
 from agent.base.errors import AgentError, RefusedError
+from agent.base.paths import Paths
 from agent.cli.terminal import Progress
 
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import agent.base.lean  # noqa: F401 - before whatever brings pydantic in
 from agent import __version__
-from agent.base.config import Paths, resolve_paths
 from agent.base.errors import AgentError
+from agent.base.paths import Paths, resolve_paths
 from agent.cli import admin_commands, fleet_commands, infer_command, local_commands, model_commands
 from agent.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, print_error
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from agent.base import config as configuration
-from agent.base.config import Config, Paths
+from agent.base.config import Config
 from agent.base.errors import AgentError, ConfigError
+from agent.base.paths import Paths
 from agent.client import AdminClient
 from agent.core import health
 from agent.core.device import look_at_device

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from agent.base.config import Paths
+from agent.base.paths import Paths
 from agent.cli.call import call_core
 from agent.cli.commands import Commands, add_command
 from agent.cli.terminal import EXIT_FAILED, print_json, print_table

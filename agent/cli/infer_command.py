@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agent.base.config import Paths
 from agent.base.datatypes import ITEM_SIZE, NUMPY_NAME
 from agent.base.errors import PeerError
+from agent.base.paths import Paths
 from agent.cli.commands import Commands, add_command, name_model
 from agent.cli.terminal import print_json
 

@@ -8,14 +8,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.base import config as configuration
-from agent.base.config import Config, Paths
 from agent.base.errors import PeerError
+from agent.base.paths import Paths
 from agent.base.systemd import take_environment
 from agent.cli.commands import Commands, add_command
 from agent.cli.terminal import EXIT_FAILED, print_json
 
 if TYPE_CHECKING:
+    from agent.base.config import Config
     from agent.bundles.manifest import Manifest
 
 
@@ -39,6 +39,8 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
 
 def load_config(paths: Paths) -> Config:
     """The configuration in force."""
+    from agent.base import config as configuration  # noqa: PLC0415 - brings pydantic in, which not every command needs
+
     return configuration.load(paths.config, explicit=paths.config_explicit)
 
 

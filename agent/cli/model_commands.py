@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from agent.base.config import Paths
 from agent.base.errors import PeerError
+from agent.base.paths import Paths
 from agent.cli.admin_commands import report_verification
 from agent.cli.call import Source, call_core
 from agent.cli.commands import Commands, add_command, name_model

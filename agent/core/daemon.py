@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from agent import __version__
 from agent.base import config as configuration
 from agent.base.clock import SystemClock, TrustedClock
-from agent.base.config import Config, Paths
+from agent.base.config import Config
 from agent.base.errors import AgentError, ConfigError
 from agent.base.files import require_own, write_atomically
 from agent.base.hardening import forbid_inspection, lock_memory, unlocked_memory
 from agent.base.memory import Fence
+from agent.base.paths import Paths
 from agent.base.systemd import Handover, Notifier, adopt_sockets
 from agent.core import health, logs
 from agent.core.admin_api import AdminApi

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.base.config import Config, Paths
+from agent.base.config import Config
+from agent.base.paths import Paths
 from agent.hardware.facts import Facts
 from agent.hardware.probe import probe
 from agent.hardware.profiles import (

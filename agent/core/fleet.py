@@ -20,8 +20,9 @@ from typing import Any
 
 from agent import __version__
 from agent.base.clock import SystemClock, iso
-from agent.base.config import Config, LinkConfig, Paths
+from agent.base.config import Config, LinkConfig
 from agent.base.errors import AgentError, ConflictError, DamagedError, PeerError, TryLaterError, one_line
+from agent.base.paths import Paths
 from agent.core import diagnostics, health
 from agent.core.device import inventory_of
 from agent.core.enrolling import Enroller, describe, identity_text, settings_state

@@ -10,8 +10,9 @@ from functools import partial
 from typing import Any
 
 from agent.base.clock import SystemClock, TrustedClock
-from agent.base.config import Config, Paths
+from agent.base.config import Config
 from agent.base.errors import AgentError
+from agent.base.paths import Paths
 from agent.core.operating import Operations, Progress
 from agent.core.tasks import Means, tasks
 from agent.operations.plan import Plan, ResultsFile

@@ -71,7 +71,8 @@ def classify_all(socket: str, bundle: str) -> None:
 
 def in_process(bundle: str, wanted: str, images: np.ndarray) -> list[float]:
     """Seconds of each run of the variant's plain file in this process, with as many threads as the agent uses."""
-    from agent.base.config import Config, resolve_paths
+    from agent.base.config import Config
+    from agent.base.paths import resolve_paths
     from agent.bundles.archive import read
     from agent.core.device import look_at_device
 

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from agent.base.config import Config, Paths, load, parse, read_toml, resolve_paths
+from agent.base.config import Config, load, parse, read_toml
 from agent.base.errors import ConfigError
+from agent.base.paths import Paths, resolve_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "deploy" / "config.toml"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.base.config import Config, Paths
+from agent.base.config import Config
+from agent.base.paths import Paths
 from tests.systemd.conftest import UNITS, Unit
 
 CORE = "edge-agent-core.service"
