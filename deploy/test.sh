@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs the tests: all of them on the main Python, then on every other Python 3.10 - 3.13 here all but the slow ones and
-# most of those that drive whole processes, with fewer examples of each property.
+# Runs the tests: all of them on the main Python but those that take minutes each, then on every other Python 3.10 - 3.13
+# here all but the slow ones and most of those that drive whole processes, with fewer examples of each property.
 #
 #   deploy/test.sh [--quick | --full] [PYTEST OPTIONS]
 #     --quick   the main Python only
-#     --full    every test on every Python
+#     --full    every test, and on every Python
 #     the rest goes to pytest: deploy/test.sh --quick tests/store -k power
 #
 # Sets up what it needs on a fresh machine (see deploy/lib.sh). The exit status is 0 only if every run passed.
@@ -39,13 +39,18 @@ table=() # "version|runtime|outcome|seconds", a row for each run
 status=0
 ran=no # whether any test was found at all
 
-# The whole suite is shared out among the cores, file by file: most of its time is waiting for processes and for fsync.
-# Not when something of pytest's was asked for: a debugger and -s want one process, and a few tests start faster so.
+# The whole suite is shared out, file by file, among twice as many processes as there are cores: half of its time is
+# waiting for processes and for fsync. Not when something of pytest's was asked for: a debugger and -s want one process,
+# and a few tests start faster so.
 parallel=()
+calm=()
 cores="$(nproc)"
 if [ "${#options[@]}" -eq 0 ] && [ "$cores" -gt 1 ]; then
-    parallel=(-n "$((cores < 4 ? cores : 4))" --dist loadfile)
+    parallel=(-n "$((cores < 4 ? cores * 2 : 8))" --dist loadfile)
+    calm=(-n 2 --dist loadfile)
 fi
+most=" and not long"
+[ "$scope" != full ] || most=""
 
 # run_tests NAME PYTHON LABEL [OPTION...]: one row of the table; pytest's output as it comes.
 run_tests() {
@@ -73,16 +78,16 @@ run_tests() {
 # run_suite NAME PYTHON quick|all
 run_suite() {
     if [ "$3" = quick ]; then
-        run_tests "$1" "$2" "quick" -m "not slow and not system" ${parallel[@]+"${parallel[@]}"}
+        run_tests "$1" "$2" "quick" -m "not slow and not long and not main_only" ${parallel[@]+"${parallel[@]}"}
         return
     fi
     if [ "${#parallel[@]}" -eq 0 ]; then
-        run_tests "$1" "$2" all
+        run_tests "$1" "$2" all ${most:+-m "not long"}
         return
     fi
-    run_tests "$1" "$2" "not slow" -m "not slow" ${parallel[@]+"${parallel[@]}"}
-    # The slow ones time and kill: one after the other, with the machine to themselves.
-    run_tests "$1" "$2" slow -m slow
+    run_tests "$1" "$2" "not slow" -m "not slow$most" ${parallel[@]+"${parallel[@]}"}
+    # The slow ones time and kill: few at a time.
+    run_tests "$1" "$2" slow -m "slow$most" "${calm[@]}"
 }
 
 ensure_venv "$ROOT/.venv" dev

@@ -22,17 +22,36 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-#: What starts daemons and brokers for nearly every test. On the Pythons beside the main one a few of these suffice.
-_SYSTEM = ("tests/core/", "tests/link/", "tests/fleet/", "tests/systemd/", "tests/fuzz/")
-_ALWAYS = ("test_daemon.py", "test_fleet_jobs.py", "test_link.py", "test_commands.py", "test_keys.py", "test_outbox.py")
+#: Where the interpreter matters little: daemons and brokers for nearly every test, kills at every step, long searches.
+#: On the Pythons beside the main one a few of these suffice.
+_MAIN_ONLY = (
+    "tests/core/",
+    "tests/docs/",
+    "tests/fleet/",
+    "tests/fuzz/",
+    "tests/link/",
+    "tests/operations/test_forms.py",
+    "tests/selection/test_choice.py::test_twenty_trials",
+    "tests/store/test_power.py",
+    "tests/systemd/",
+    "tests/work/test_kills.py",
+)
+_EVERYWHERE = (
+    "tests/core/test_daemon.py::test_a_b",
+    "tests/core/test_fleet_jobs.py",
+    "tests/fleet/test_commands.py",
+    "tests/fleet/test_keys.py",
+    "tests/link/test_link.py",
+    "tests/link/test_outbox.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what drives whole processes."""
+    """Mark what runs on the main Python alone."""
     for item in items:
-        path = item.path.relative_to(ROOT).as_posix()
-        if path.startswith(_SYSTEM) and item.path.name not in _ALWAYS:
-            item.add_marker(pytest.mark.system)
+        name = f"{item.path.relative_to(ROOT).as_posix()}::{item.name}"
+        if name.startswith(_MAIN_ONLY) and not name.startswith(_EVERYWHERE):
+            item.add_marker(pytest.mark.main_only)
 
 
 # A busy machine is no failure: no example has a deadline, and generation may be slow. deploy/test.sh asks for fewer

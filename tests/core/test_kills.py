@@ -39,5 +39,6 @@ def test_two_kills_in_each_operation_lose_nothing():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_forty_kills_lose_nothing():
     require_nothing_lost(killed(42, seed=4), 42)

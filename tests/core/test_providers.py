@@ -36,7 +36,7 @@ X = np.random.default_rng(1).random((1, SIDE), dtype=np.float32)
 #: A review that does not end within the test: what it will find out is not known yet.
 SLOW_REVIEW = "[selection]\nmin_rounds = 10000\nmax_rounds = 10000\n"
 #: A review that ends within the test, but after the first requests.
-UNHURRIED_REVIEW = "[selection]\nmin_rounds = 1000\nmax_rounds = 1000\n"
+UNHURRIED_REVIEW = "[selection]\nmin_rounds = 100\nmax_rounds = 100\n"
 
 pytestmark = pytest.mark.slow
 

@@ -222,6 +222,7 @@ def test_a_half_open_path_is_left_and_nothing_is_lost(broker: Broker, link: Link
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_cuts_go_on_for_long(broker: Broker, link: LinkProcess) -> None:
     chance = random.Random(7)
     operator = broker.operator("d1/up/#")

@@ -265,5 +265,6 @@ def test_fifty_real_kills() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_thousand_real_kills() -> None:
     killed_at_any_moment(1000, seed=2)
