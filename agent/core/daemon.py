@@ -46,7 +46,7 @@ from agent.infer.runtimes.probe import Runtimes, source_version
 from agent.infer.shelf import Option
 from agent.infer.tensors import InferRequest, InferResponse, Tensor
 from agent.infer.wishes import Wishes
-from agent.operations.forms import Forms, form_keys, forms_hold
+from agent.operations.forms import FormKey, Forms, form_keys, forms_hold, no_forms
 from agent.operations.install import Installer, Preparing, Serving
 from agent.operations.maintain import Maintenance
 from agent.operations.measured import Choice, ChooseVariant, DeviceView, outdated
@@ -153,7 +153,9 @@ class Core:
         )
         fence = Fence(device.facts.mem_limit_mb)
         self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._give_back)
-        self._form_key = form_keys(device.facts, device.threads, lru_cache(source_version))
+        self._form_key: FormKey = no_forms
+        if config.selection.prepare != "never":
+            self._form_key = form_keys(device.facts, device.threads, lru_cache(source_version))
         self._show(self._store.document)
         serving = Serving(
             show=lambda document: self._operations.on_loop(lambda: self._show(document)),

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
+import json
 import logging
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from agent.base.config import LinkConfig
 from agent.base.errors import AgentError, PeerError
 from agent.store.document import CatalogDocument
 from agent.store.store import Store
@@ -132,6 +135,40 @@ def settings_state(allegiance: Allegiance | None, host: str) -> str:
     if allegiance is None or not host:
         return "off"
     return "enrolled" if allegiance.device is not None else "claim"
+
+
+def settings_document(enroller: Enroller, config: LinkConfig, boot_nonce: str) -> dict[str, Any]:
+    """What link is to do: see ``link_api``. ``version`` changes with whatever link must connect anew for."""
+    allegiance = enroller.allegiance
+    state = settings_state(allegiance, config.host)
+    settings: dict[str, Any] = {
+        "state": state,
+        "tenant": allegiance.tenant if allegiance else "",
+        "device": (allegiance.device or "") if allegiance else "",
+        "epoch": allegiance.epoch if allegiance else 0,
+        "keyid": enroller.signer.keyid if enroller.signer else "",
+        "broker": _broker(config, claiming=state == "claim"),
+        "outbox_mb": config.outbox_mb,
+        "splay_s": config.splay_s,
+        "certificate": enroller.certificate or None,
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return settings | {"boot_nonce": boot_nonce, "version": int(digest[:12], 16)}
+
+
+def _broker(config: LinkConfig, *, claiming: bool) -> dict[str, Any]:
+    """Where and as whom to connect; a device that is not enrolled has a door and a certificate of its own for that."""
+    return {
+        "host": (claiming and config.claim_host) or config.host,
+        "port": (claiming and config.claim_port) or config.port,
+        "tls": config.tls,
+        "ca_file": config.ca_file,
+        "cert_file": config.claim_cert_file if claiming else config.cert_file,
+        "key_file": config.claim_key_file if claiming else config.key_file,
+        "username": config.username,
+        "password_file": config.password_file,
+        "keepalive_s": config.keepalive_s,
+    }
 
 
 def describe(allegiance: Allegiance | None, signer: Signer | None) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from tests import onnx_models
 from tests.core.conftest import Agent
 from tests.core.test_daemon import X, bundle, linear_file
 
+#: So that each file of the store is one that was added.
+NO_FORMS = '[selection]\nprepare = "never"\n'
 GOOD, HURT = onnx_models.linear(1), onnx_models.linear(2)
 
 
@@ -37,6 +39,7 @@ def template(tmp_path_factory):
     """A stopped device with model ``good`` (one variant) and model ``hurt`` (two variants of the same answers)."""
     folder = Path(tempfile.mkdtemp(prefix="ea-", dir="/tmp"))
     device = Agent(folder)
+    device.config.write_text(NO_FORMS)
     device.start()
     try:
         device.cli("models", "add", linear_file(folder, 1), "--name", "good")
@@ -56,6 +59,7 @@ def hurt_device(template, agent):
     """A copy of the template, not started."""
     shutil.copytree(template.state, agent.state)
     shutil.copy(template.folder / "hurt.edgemodel", agent.folder)
+    agent.config.write_text(NO_FORMS)
     return agent
 
 
