@@ -38,7 +38,11 @@ USAGE: Mapping[str, Usage] = {
         "let an installed version answer", {"model": "text", "version": "text"}, ("model", "version")
     ),
     "model.rollback": Usage("back to the version before the active one", {"model": "text"}, ("model",)),
-    "model.pin": Usage("keep a model in memory, or no longer", {"model": "text", "pinned": "flag"}, ("model",)),
+    "model.pin": Usage(
+        "leave the active version alone: no other is installed or activated",
+        {"model": "text", "pinned": "flag"},
+        ("model",),
+    ),
     "model.remove": Usage("delete a model or one of its versions", {"model": "text", "version": "text"}, ("model",)),
     "config.apply": Usage(
         "set what a fleet may set; taken back when the link does not return", {"config": "table"}, ("config",)
