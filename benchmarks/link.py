@@ -1,8 +1,11 @@
-"""The link at work and at rest: how fast a question is answered, what core and link take of memory and of the CPU.
+"""The link at work and at rest: how fast a question is answered, what it takes of memory and CPU, whom it disturbs.
 
 Real processes on this machine: core, link, mosquitto with TLS, an operator who signs. A question goes operator ->
 broker -> link -> core and its answer all the way back; the time is that from before it is signed until the answer's
 signature is checked. At rest means connected, with the default rates of telemetry and keepalive.
+
+What a busy link costs inference: core and an app that asks without a pause have one core of the CPU, link and broker
+another. In turns link is stopped, and hands over an outbox of many days; the app counts its answers in both.
 
     python benchmarks/link.py [--json] [--quick] [--questions N]
 """
@@ -16,6 +19,7 @@ import os
 import socket
 import ssl
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,8 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paho.mqtt.client import Client, MQTTMessage, MQTTv5
 from paho.mqtt.enums import CallbackAPIVersion
 
+from agent.link.outbox import Outbox
 from agent.trust.envelope import PublicKey, open_envelope
 from agent.wire.messages import RpcAnswer, decode
+from tests import onnx_models
 from tests.core.fleet_device import FleetDevice
 from tests.link.broker import Broker, until
 
@@ -38,7 +44,25 @@ BUDGETS = {
     "core_rss_mb": 48.0,
     "link_idle_cpu_percent": 0.5,
     "core_idle_cpu_percent": 0.5,
+    "slowed_by_busy_link_percent": 2.0,
 }
+#: Records of an outage, as many as are drained within a turn; seconds of a turn; turns.
+_RECORDS, _TURN_S, _TURNS = 40_000, 4.0, 8
+#: An app: asks without a pause, and says at each line of its input how many answers it has had.
+_APP = """
+import sys, threading
+import numpy as np
+from agent.client import Client
+count, x = 0, np.ones((1, 512), np.float32)
+def tell():
+    for line in sys.stdin:
+        print(count, flush=True)
+threading.Thread(target=tell, daemon=True).start()
+with Client(sys.argv[1]) as client:
+    while True:
+        client.infer("heavy", {"x": x})
+        count += 1
+"""
 _WARM_UP = 20
 #: After it a start is over: the inventory told, what only a start needs given back.
 _SETTLE_S = 30.0
@@ -123,6 +147,7 @@ def measure(folder: Path, questions: int, idle_s: float) -> dict:
                 (("ping", questions), ("status", questions // 10), ("logs.tail", questions // 10))}  # fmt: skip
         asker.close()
         after = {"core": memory_of(core_pid(device)), "link": memory_of(device.link_pid)}
+        slowed = measure_slowdown(device, broker, folder, turns=2 if idle_s < 30 else _TURNS)
     rpc = {op: {f"p{share}_ms": percentile(times, share) for share in (50, 90, 99)} for op, times in took.items()}
     figures = {
         "rpc_p99_ms": rpc["ping"]["p99_ms"],
@@ -130,6 +155,7 @@ def measure(folder: Path, questions: int, idle_s: float) -> dict:
         "core_rss_mb": memory["core"]["rss_mb"],
         "link_idle_cpu_percent": idle["link"]["cpu_percent"],
         "core_idle_cpu_percent": idle["core"]["cpu_percent"],
+        "slowed_by_busy_link_percent": slowed["percent"],
     }
     return {
         "benchmark": "link",
@@ -141,6 +167,7 @@ def measure(folder: Path, questions: int, idle_s: float) -> dict:
         "memory": memory,
         "memory_after_questions": after,
         "idle": idle,
+        "slowdown": slowed,
         "within_budget": all(figures[name] <= BUDGETS[name] for name in BUDGETS),
     }
 
@@ -165,6 +192,79 @@ def measure_idle(device: FleetDevice, seconds: float) -> dict:
         }
         for name, pid in pids.items()
     }
+
+
+def measure_slowdown(device: FleetDevice, broker: Broker, folder: Path, turns: int) -> dict:
+    """Answers a second with link stopped, and with link handing over an outage; pairs of turns, the order changing."""
+    first, *_, last = sorted(os.sched_getaffinity(0))
+    if first == last:
+        return {"percent": 0.0, "note": "one core alone: not measured"}
+    model = folder / "heavy.onnx"
+    model.write_bytes(onnx_models.heavy(side=512, layers=4))
+    device.cli("models", "add", model)
+    pin(core_pid(device), first)
+    pin(broker.process.pid, last)
+    command = ["taskset", "-c", str(first), sys.executable, "-c", _APP, str(device.run / "infer.sock")]
+    ratios, cpu, left = [], [], []
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=device.environment
+    ) as app:
+
+        def answers() -> int:
+            app.stdin.write("\n")
+            app.stdin.flush()
+            return int(app.stdout.readline())
+
+        def rate() -> float:
+            before, began = answers(), time.perf_counter()
+            time.sleep(_TURN_S)
+            return (answers() - before) / (time.perf_counter() - began)
+
+        def quiet() -> float:
+            time.sleep(1.0)
+            return rate()
+
+        def busy(turn: int) -> float:
+            fill_outbox(device, turn)
+            device.start_link()
+            pin(device.link_pid, last)
+            until(lambda: device.status()["link"]["connected"], "link is back", 60)
+            before = cpu_s(device.link_pid)
+            found = rate()
+            cpu.append(round((cpu_s(device.link_pid) - before) / _TURN_S, 2))
+            left.append(device.status()["link"]["outbox"]["records"])
+            device.stop_link()
+            return found
+
+        device.stop_link()
+        rate()
+        for turn in range(turns):
+            pair = {}
+            for kind in ("quiet", "busy") if turn % 2 else ("busy", "quiet"):
+                pair[kind] = quiet() if kind == "quiet" else busy(turn)
+            ratios.append(pair["quiet"] / pair["busy"])
+        app.kill()
+    device.start_link()
+    return {
+        "percent": round(100 * (statistics.median(ratios) - 1), 2),
+        "each_percent": [round(100 * (ratio - 1), 2) for ratio in ratios],
+        "link_cores_used": cpu,
+        "records_left": left,
+    }
+
+
+def fill_outbox(device: FleetDevice, turn: int) -> None:
+    """Records of many days without a connection, in the file that link opens."""
+    box = Outbox(device.state / "link" / "outbox.db", 16 << 20)
+    for first in range(0, _RECORDS, 500):
+        box.add(("heat", {"at": f"{turn}-{n}", "pad": "x" * 200}) for n in range(first, first + 500))
+    box.close()
+
+
+def pin(pid: int, cpu: int) -> None:
+    """Each of its threads to one core of the CPU."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        os.sched_setaffinity(int(task.name), {cpu})
 
 
 def memory_of(pid: int) -> dict[str, float]:

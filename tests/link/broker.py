@@ -72,6 +72,12 @@ class Process:
             self._process = subprocess.Popen(["/usr/sbin/mosquitto", "-c", str(self._config)], stderr=log, stdout=log)
         until(self._listening, f"mosquitto listens\n{self.log.read_text()}")
 
+    @property
+    def pid(self) -> int:
+        """Of the running broker."""
+        assert self._process is not None
+        return self._process.pid
+
     def _listening(self) -> bool:
         assert self._process is not None
         assert self._process.poll() is None, self.log.read_text()
