@@ -13,7 +13,7 @@ children. A kill lands when a job is not over: what it fell into is read from th
 
 With --cuts the path between link and broker is reset after random numbers of bytes instead of the broker being killed.
 
-    python benchmarks/jobs.py [--json] [--kills 1000] [--jobs 2000] [--seed N] [--quick] [--cuts]
+    python benchmarks/jobs.py [--json] [--kills 1000] [--jobs 2000] [--seed N] [--quick] [--cuts] [--only OP ...]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,7 +107,7 @@ class Expected:
 class Run:
     """The whole experiment."""
 
-    def __init__(self, site: Site, chance: random.Random) -> None:
+    def __init__(self, site: Site, chance: random.Random, ops: Sequence[Op] = OPS) -> None:
         self.site, self.chance = site, chance
         self.victims = ("core", "core", "core", "link", "path" if site.proxy else "broker")
         self.rows: dict[str, Row] = defaultdict(Row)
@@ -117,7 +117,8 @@ class Run:
         self.interrupted: set[str] = set()
         self._args: dict[str, dict] = {}
         self._connections = self._before = 0
-        for op in OPS:
+        self.ops = ops
+        for op in ops:
             for step in op.steps:
                 self.rows[f"core: {op.name} {step}"] = Row()
         for victim in dict.fromkeys(self.victims):
@@ -132,7 +133,7 @@ class Run:
 
     def measure(self, runs: int) -> None:
         """Seconds from giving a job to hearing its end, undisturbed."""
-        for op in OPS:
+        for op in self.ops:
             before = self._forwarded
             took = [self.burst([op]) for _ in range(runs)]
             self.durations[op.name] = statistics.median(took)
@@ -185,11 +186,11 @@ class Run:
             name = self.chance.choice(wanted)
             self.rows[name].drawn += 1
             victim, _, place = name.partition(": ")
-            ops = [next((op for op in OPS if place.startswith(op.name + " ")), self.chance.choice(OPS))]
+            ops = [next((op for op in self.ops if place.startswith(op.name + " ")), self.chance.choice(self.ops))]
             moments = self.rows[name].moments
         else:
             victim, moments = self.chance.choice(self.victims), []
-            ops = self.chance.choices(OPS, k=self.chance.choice((1, 1, 2, 3)))
+            ops = self.chance.choices(self.ops, k=self.chance.choice((1, 1, 2, 3)))
         longest = sum(self.durations[op.name] for op in ops)
         at = self.chance.uniform(0, longest)
         if moments and self.chance.random() < 0.7:
@@ -264,10 +265,12 @@ class Run:
     def go(self, kills: int, jobs: int) -> None:
         """Until so many kills have landed and so many jobs were given."""
         landed = misses = 0
-        while landed < kills or len(self.site.jobs) < jobs:
+        each = kills >= FROM_KILLS or len(self.ops) < len(OPS)
+        wanted: list[str] = []
+        while landed < kills or len(self.site.jobs) < jobs or wanted:
             bursts = max(1.0, (jobs - len(self.site.jobs)) / 1.5)
-            if landed < kills and self.chance.random() < max(0.3, (kills - landed) / bursts):
-                wanted = [name for name, row in self.rows.items() if row.landed < EACH] if kills >= FROM_KILLS else []
+            wanted = [name for name, row in self.rows.items() if row.landed < EACH] if each else []
+            if (landed < kills or wanted) and self.chance.random() < max(0.3, (kills - landed) / bursts):
                 if self.kill_once(wanted):
                     landed, misses = landed + 1, 0
                 else:
@@ -275,7 +278,7 @@ class Run:
                     if misses > MOST_DRAWS:
                         raise RuntimeError("kills do not land any more")
             else:
-                self.burst(self.chance.choices(OPS, k=self.chance.choice((1, 2, 3))))
+                self.burst(self.chance.choices(self.ops, k=self.chance.choice((1, 2, 3))))
             if sys.stderr.isatty():
                 print(f"\r{landed} kills, {len(self.site.jobs)} jobs", end="", file=sys.stderr)
 
@@ -317,19 +320,21 @@ def main() -> None:
     parser.add_argument(
         "--cuts", action="store_true", help="cut the path at random byte counts, no kills of the broker"
     )
+    parser.add_argument("--only", nargs="+", choices=[op.name for op in OPS], help="these operations")
     options = parser.parse_args()
+    ops = [op for op in OPS if op.name in (options.only or [op.name for op in OPS])]
     began = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="ea-", dir="/tmp") as folder,
         Site(Path(folder), proxied=options.cuts) as site,
     ):
-        run = Run(site, random.Random(options.seed))
+        run = Run(site, random.Random(options.seed), ops)
         run.set_up()
         run.measure(1 if options.quick else MEASURED_RUNS)
         run.go(options.kills, options.jobs)
         report = {"benchmark": "jobs", "seed": options.seed, "cuts": options.cuts, **run.finish()}
     rows = run.rows
-    enough = options.kills < FROM_KILLS or all(row.landed >= EACH for row in rows.values())
+    enough = (options.kills < FROM_KILLS and not options.only) or all(row.landed >= EACH for row in rows.values())
     share = report["interrupted_succeeded"] / max(1, report["interrupted"])
     report |= {
         "kills": sum(row.landed for row in rows.values()),

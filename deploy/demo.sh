@@ -56,6 +56,8 @@ clean_up() {
     local code=$?
     [ -z "$core" ] || { kill -KILL "$core" 2>/dev/null || true; }
     for process in ${others[@]+"${others[@]}"}; do kill -TERM "$process" 2>/dev/null || true; done
+    # Before their folder goes; mosquitto 2.0.11 sometimes aborts when it is told to end, which the shell would tell.
+    { wait ${others[@]+"${others[@]}"} || true; } 2>/dev/null
     if [ "$code" -ne 0 ] && [ -s "$folder/core.log" ]; then
         echo "the agent's log:" >&2
         tail -n 20 "$folder/core.log" >&2
