@@ -214,6 +214,20 @@ class ClockConfig(_Section):
     trust: Literal["auto", "always", "never"] = "auto"
 
 
+class CacheConfig(_Section):
+    """Answers of a model are kept for ``ttl_s`` seconds, in ``max_mb`` of memory."""
+
+    ttl_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+    max_mb: Annotated[float, Field(gt=0, le=1 << 24, allow_inf_nan=False)] = 8.0
+    prewarm: bool = False
+
+
+class ModelConfig(_Section):
+    """What the device's owner wants of one model; it wins over the model's manifest. None: as the manifest has it."""
+
+    cache: CacheConfig | Literal[False] | None = None
+
+
 class Config(_Section):
     """The whole file."""
 
@@ -229,6 +243,7 @@ class Config(_Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     maintenance: MaintenanceConfig = MaintenanceConfig()
     clock: ClockConfig = ClockConfig()
+    models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
 
 
 def parse(document: Mapping[str, Any], source: str) -> Config:

@@ -43,7 +43,7 @@ from agent.hardware.sensors import read_sensors
 from agent.infer.engine import Engine, EngineLimits, Key
 from agent.infer.runtimes.failures import return_memory
 from agent.infer.runtimes.probe import Runtimes, source_version
-from agent.infer.shelf import Option
+from agent.infer.shelf import Option, Shelf
 from agent.infer.tensors import InferRequest, InferResponse, Tensor
 from agent.infer.wishes import Wishes
 from agent.operations.forms import FormKey, Forms, form_keys, forms_hold, no_forms
@@ -270,6 +270,7 @@ class Core:
             rules=self._rules,
             labels=self._engine.labels,
             metrics=[self._socket_metrics],
+            caches=self._engine.caches,
         )
         self._infer = Server(RouteTable(inference.routes()), limits)
         api = AdminApi(
@@ -370,7 +371,10 @@ class Core:
         return self._infer.metrics()
 
     def _show(self, document: CatalogDocument) -> None:
-        self._engine.put(shelf_from(document, self._store.read, self._device.threads, self._form_key))
+        self._engine.put(self._shelf(document, self.config))
+
+    def _shelf(self, document: CatalogDocument, config: Config) -> Shelf:
+        return shelf_from(document, self._store.read, self._device.threads, self._form_key, config.models)
 
     def _load_now(self, model: str, version: str) -> None:
         self._operations.await_on_loop(self._engine.preload(model, version))
@@ -393,9 +397,11 @@ class Core:
         _LOG.info("configuration reloaded; limits of sockets, store and memory hold from the next start on")
 
     def _hold(self, config: Config) -> None:
-        """What of a configuration holds at once: the log and the access rules. The fleet's side reads its own."""
+        """What of a configuration holds at once: the log, the access rules, the wishes for single models. The fleet's
+        side reads its own."""
         logs.set_up(config.log, journal="JOURNAL_STREAM" in os.environ)
         self._rules.replace(model_rules(config))
+        self._engine.put(self._shelf(self._store.document, config))
         self._upkeep.reload()
 
     def _ask(self, model: str, version: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -414,6 +420,7 @@ class Core:
         return self._inference.statistics_document()
 
     def _unload_all(self) -> int:
+        self._engine.clear_cache()
         return sum(self._engine.unload(name) for name in {row["model"] for row in self._engine.loaded()})
 
     def _request_reboot(self) -> None:
@@ -449,6 +456,7 @@ class Core:
             "models": self._engine.index(),
             "loaded": self._engine.loaded(),
             "memory": self._engine.memory(),
+            "caches": self._engine.caches(),
             "process": _figures(),
             "under_way": self._operations.under_way,
             "health": health.verdict(self._findings()),

@@ -22,7 +22,7 @@ from agent.base.errors import DeadlineError, TryLaterError
 from agent.base.memory import resident_mb
 from agent.infer.answering import Key, Resident, described, require_options, respond
 from agent.infer.halting import Halt, LoopGuard
-from agent.infer.loading import EngineLimits, before
+from agent.infer.loading import MIB, EngineLimits, before
 from agent.infer.runners import Job, Runners
 from agent.infer.runtimes.base import Runtime
 from agent.infer.runtimes.failures import return_memory
@@ -33,6 +33,7 @@ from agent.infer.wishes import NO_WISHES, Wishes, wishes_of
 
 if TYPE_CHECKING:
     from agent.bundles.manifest import TensorSpec
+    from agent.infer.caching import Caching
 
 __all__ = ["Engine", "EngineLimits", "Key"]
 
@@ -42,6 +43,8 @@ _LONG_US = 20_000
 _OUTGROWN_MB, _OUTGROWN = 64.0, 2.0
 #: For runs that were told to end, at the stop.
 _CLOSE_S = 5.0
+#: For a run that nobody waits for.
+_REPLAY_S = 30.0
 _LOG = logging.getLogger("edge_agent.engine")
 
 
@@ -68,6 +71,7 @@ class Engine:
         self._runners = Runners(limits.workers)
         self._halts: set[Halt] = set()
         self._guard = LoopGuard()
+        self._caching: Caching | None = None
         self._closing = False
 
     # -- what there is ------------------------------------------------------------------------------------------------
@@ -133,11 +137,45 @@ class Engine:
         """Budget, what is held of it, and counts of loads, for ``status``."""
         return self._loader.memory()
 
+    def caches(self) -> list[dict[str, Any]]:
+        """Statistics of each model whose answers are kept."""
+        return self._caching.books.rows() if self._caching is not None else []
+
+    def hottest(self, name: str, most: int = 10) -> list[dict[str, Any]]:
+        """The requests of a model that come most often, where its answers are kept."""
+        return self._caching.books.hottest(name, most) if self._caching is not None else []
+
     # -- changing what there is ---------------------------------------------------------------------------------------
 
     def put(self, shelf: Shelf) -> None:
         """Serve this shelf from now on. Sessions that it no longer holds end when their last request is done."""
         self._standing.put(shelf)
+        if self._caching is None and any(served.cache is not None for served in shelf.versions.values()):
+            self._caching = self._make_caching()
+        if self._caching is not None:
+            self._caching.put(shelf)
+
+    def _make_caching(self) -> Caching:
+        from agent.infer.caching import Around, Caching  # noqa: PLC0415 - most devices keep no answers
+
+        def touched(served: Served, keep_s: float) -> None:
+            if (resident := self._standing.now(served)) is not None:
+                self._loader.touch(resident.name, keep_s)
+
+        return Caching(
+            Around(
+                resident=self._standing.now,
+                touched=touched,
+                replay=lambda served, request: self._answer(served, request, time.monotonic() + _REPLAY_S, NO_WISHES),
+                idle=lambda: not self._waiting and self._runners.idle,
+                reserve=self._loader.reserve,
+                budget_mb=lambda: self._limits.budget_mb,
+            )
+        )
+
+    def clear_cache(self, name: str | None = None) -> int:
+        """Forget the kept answers of that model, or of all. Returns how many there were."""
+        return self._caching.clear(name) if self._caching is not None else 0
 
     async def preload(
         self, name: str, version: str | None = None, deadline: float | None = None, wishes: Wishes = NO_WISHES
@@ -160,16 +198,23 @@ class Engine:
 
     def unload(self, name: str) -> int:
         """Drop the model from memory; it comes back at the next request. Returns how many sessions there were."""
+        self.clear_cache(name)
         return self._standing.unload(name)
 
     def press(self, size_mb: float) -> None:
-        """The device is short of memory: give so much back, as far as it is idle."""
-        self._loader.press(size_mb)
+        """The device is short of memory: give so much back, kept answers first, then what is idle."""
+        if self._caching is not None and (freed := self._caching.press(int(size_mb * MIB))):
+            self._loader.give_back_now()
+            size_mb -= freed / MIB
+        if size_mb > 0:
+            self._loader.press(size_mb)
 
     async def close(self) -> bool:
         """Stop taking requests, end runs, wait for loads under way, end every session; whether all has ended."""
         self._closing = True
         self._standing.stop()
+        if self._caching is not None:
+            self._caching.close()
         for halt in self._halts:
             halt.request()
         clean = await self._runners.close(_CLOSE_S)
@@ -186,6 +231,15 @@ class Engine:
         """Answer at once where the session is hot and fast, else an awaitable. ``deadline`` in ``time.monotonic()``."""
         served = self._shelf.find(name, version)
         wishes = wishes_of(request.parameters) if request.parameters else NO_WISHES
+        if served.cache is not None and self._caching is not None and wishes.cache and wishes.pin is None:
+            fresh = partial(self._fresh, served, request, deadline, wishes)
+            return self._caching.infer(served, request, deadline, wishes.keep_s, fresh)
+        return self._fresh(served, request, deadline, wishes)
+
+    def _fresh(
+        self, served: Served, request: InferRequest, deadline: float, wishes: Wishes
+    ) -> InferResponse | Awaitable[InferResponse]:
+        """An answer that is computed for this request: at once on the loop, else by a run in a thread."""
         resident = self._standing.now(served)
         if (
             resident is not None
@@ -197,6 +251,8 @@ class Engine:
                 return self._run_on_loop(resident, request)
             except DeadlineError:  # its time follows from its inputs' values: it runs in threads from now on
                 self._standing.keep_off_the_loop(resident)
+        if self._caching is not None:
+            self._caching.give_way()
         return self._answer(served, request, deadline, wishes)
 
     def _run_on_loop(self, resident: Resident, request: InferRequest) -> InferResponse:

@@ -110,6 +110,7 @@ class Loader:
         self._closer = ThreadPoolExecutor(1, thread_name_prefix="close")
         self._importing = threading.Lock()
         self._scales = Scales()
+        self._beyond = self._reserved = 0
         self._runtimes: dict[str, Runtime] = {}
         self._given_back_at = 0.0
         self._to_give_back: asyncio.TimerHandle | None = None
@@ -152,7 +153,10 @@ class Loader:
 
     def touch(self, name: SessionName, keep_s: float | None = None) -> bool:
         """Whether a run that is over at once may be made now; it counts as made."""
-        return self._machine.touch(name, time.monotonic(), keep_s)
+        touched = self._machine.touch(name, time.monotonic(), keep_s)
+        if self._machine.wake_at < self._timer_at:
+            self._set_timer()
+        return touched
 
     def retire(self, name: SessionName, *, cold: bool = False) -> None:
         """Close that session once it is idle; ``cold``: and let go of its plaintext."""
@@ -178,6 +182,11 @@ class Loader:
         """The device is short of memory: give so much back, as far as it is idle."""
         self._feed(tiers.Pressure(int(size_mb * MIB)))
 
+    def reserve(self, size: int) -> None:
+        """So many bytes of the budget are held by something else: kept answers."""
+        self._reserved = size
+        self._set_budget(MIB)
+
     def tier(self, name: SessionName) -> str:
         """hot, loading, warm or cold."""
         return self._machine.tier(name)
@@ -187,7 +196,8 @@ class Loader:
         return {
             "budget_mb": round(self._limits().budget_mb, 1),
             "held_mb": round(self._machine.held / MIB, 1),
-            "unaccounted_mb": round(self._limits().budget_mb - self._machine.budget / MIB, 1),
+            "cached_mb": round(self._reserved / MIB, 1),
+            "unaccounted_mb": round(max(0, self._beyond - self._reserved - _SLACK) / MIB, 1),
             "hot": len(self._sessions),
             "warm": len(self._plaintexts),
             **{name: self.counts[name] for name in ("loads", "failed", "demoted", "evicted")},
@@ -395,10 +405,15 @@ class Loader:
         """Weigh the process, now and then, and take from the budget what sessions hold beyond their measurements."""
         every = self._limits().weigh_s
         if every and self._scales.due(time.monotonic(), every):
-            more = self._scales.beyond(self._machine.sessions_held)
-            budget = int(self._limits().budget_mb * MIB) - max(0, more - _SLACK)
-            if abs(budget - self._machine.budget) > _SLACK / 4:
-                self._feed(tiers.Budget(max(budget, int(self._limits().budget_mb * MIB) // 4)))
+            self._beyond = self._scales.beyond(self._machine.sessions_held)
+            self._set_budget(_SLACK // 4)
+
+    def _set_budget(self, step: int) -> None:
+        """What is left for models, where it is another by more than ``step`` bytes."""
+        whole = int(self._limits().budget_mb * MIB)
+        budget = max(whole - self._reserved - max(0, self._beyond - self._reserved - _SLACK), whole // 4)
+        if abs(budget - self._machine.budget) > step:
+            self._feed(tiers.Budget(budget))
 
 
 async def before(deadline: float, work: Awaitable[_T]) -> _T:

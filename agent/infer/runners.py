@@ -43,6 +43,11 @@ class Runners:
         self._long: Counter[str] = Counter()
         self._running: set[asyncio.Future[Any]] = set()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return not self._running and not self._queues
+
     def submit(self, model: str, work: Callable[[], Any]) -> Job:
         """Run ``work`` in a thread when its turn comes."""
         job = Job(model, work, asyncio.get_running_loop().create_future())

@@ -93,6 +93,16 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheLimits:
+    """A model's answers are kept for ``ttl_s`` seconds, in at most ``size`` bytes. ``prewarm``: after a change the most
+    wanted ones are computed again before they are asked for."""
+
+    ttl_s: float
+    size: int
+    prewarm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Served:
     """A version of a model with its options, best first; empty with ``reason`` where none can answer."""
 
@@ -104,6 +114,8 @@ class Served:
     reason: str = ""
     labels: tuple[str, ...] = ()
     task: str = ""
+    #: None: its answers are not kept.
+    cache: CacheLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,28 +6,42 @@ next one answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from agent.infer.shelf import Option, Served, Shelf
+from agent.infer.shelf import CacheLimits, Option, Served, Shelf
 from agent.operations.forms import FormKey, no_forms, shelved_forms
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
 
 if TYPE_CHECKING:
+    from agent.base.config import ModelConfig
+    from agent.bundles.manifest import Manifest
     from agent.infer.trial import OpenModel
 
 OpenBlob = Callable[[BlobRef], "OpenModel"]
 #: Memory of a loaded model whose peak was never measured, as a multiple of its file: weights, packed weights, arena.
 UNMEASURED_FACTOR = 3.0
 UNMEASURED_MB = 8.0
+NOTHING_WANTED: Mapping[str, ModelConfig] = MappingProxyType({})
 
 
-def shelf_from(document: CatalogDocument, open_blob: OpenBlob, threads: int, form_key: FormKey = no_forms) -> Shelf:
-    """Everything that is installed. ``threads``: of one run, where nothing was measured."""
+def shelf_from(
+    document: CatalogDocument,
+    open_blob: OpenBlob,
+    threads: int,
+    form_key: FormKey = no_forms,
+    wanted: Mapping[str, ModelConfig] = NOTHING_WANTED,
+) -> Shelf:
+    """Everything that is installed. ``threads``: of one run, where nothing was measured. ``wanted``: by the device's
+    owner, for single models."""
     versions = {
-        (name, version): _served(name, version, entry, open_blob, threads, form_key)
+        (name, version): replace(
+            _served(name, version, entry, open_blob, threads, form_key),
+            cache=_cache_limits(entry.manifest, wanted.get(name)),
+        )
         for name, model in document.models.items()
         for version, entry in model.versions.items()
     }
@@ -81,6 +95,12 @@ def _served(
     return Served(
         name, version, manifest.inputs, manifest.outputs, tuple(options), reason, manifest.labels, manifest.task
     )
+
+
+def _cache_limits(manifest: Manifest, wanted: ModelConfig | None) -> CacheLimits | None:
+    """The device's owner decides, else whoever packed the model."""
+    policy = manifest.cache if wanted is None or wanted.cache is None else wanted.cache or None
+    return CacheLimits(policy.ttl_s, int(policy.max_mb * (1 << 20)), policy.prewarm) if policy is not None else None
 
 
 def _load_s(measured: dict[str, Any]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from agent.serve.access import INFER, ModelRules, Peer
 from agent.serve.exchange import Request, Response, error_answer, json_response
 from agent.serve.limits import Limits
 from agent.serve.routes import Route
-from agent.serve.statistics import Statistics
+from agent.serve.statistics import Statistics, cache_metrics, with_caches
 
 
 class ModelServer(Protocol):
@@ -61,7 +61,8 @@ class ModelServer(Protocol):
 
 
 class Inference:
-    """Handlers of ``infer.sock``. ``labels`` gives the class names of a model for ``classification``."""
+    """Handlers of ``infer.sock``. ``labels`` gives the class names of a model for ``classification``; ``caches`` the
+    figures of models whose answers are kept, which only who may use them sees."""
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class Inference:
         statistics: Statistics | None = None,
         labels: Callable[[str, str], Sequence[str]] = lambda _model, _version: (),
         metrics: Sequence[Callable[[], Sequence[str]]] = (),
+        caches: Callable[[], Sequence[Mapping[str, Any]]] = lambda: (),
     ) -> None:
         self._models = models
         self._limits = limits
@@ -79,6 +81,7 @@ class Inference:
         self._statistics = statistics or Statistics()
         self._labels = labels
         self._metrics = tuple(metrics)
+        self._caches = caches
         # Two threads: one long tensor is no queue before the next.
         self._codec = ThreadPoolExecutor(2, thread_name_prefix="codec")
 
@@ -154,17 +157,21 @@ class Inference:
 
     def _prometheus(self, request: Request) -> Response:
         lines = self._statistics.prometheus(lambda model: self._rules.allowed(request.peer, model))
+        lines += cache_metrics([row for row in self._caches() if self._rules.allowed(request.peer, row["model"])])
         for source in self._metrics:
             lines.extend(source())
         return Response(200, ("\n".join([*lines, ""]).encode(),), "text/plain; version=0.0.4; charset=utf-8")
 
     def _all_stats(self, request: Request) -> Response:
         entries = self._visible(request.peer)
-        return json_response(self._statistics.document((entry["name"], entry["version"]) for entry in entries))
+        return json_response(self._document((entry["name"], entry["version"]) for entry in entries))
+
+    def _document(self, known: Iterable[tuple[str, str]]) -> dict[str, Any]:
+        return with_caches(self._statistics.document(known), self._caches())
 
     def statistics_document(self) -> dict[str, Any]:
         """The statistics of every model, for those who need not ask over the socket."""
-        return self._statistics.document((entry["name"], entry["version"]) for entry in self._models.index())
+        return self._document((entry["name"], entry["version"]) for entry in self._models.index())
 
     # One model.
 
@@ -183,7 +190,7 @@ class Inference:
             for entry in self._models.index()
             if entry["name"] == name and version in (None, entry["version"])
         ]
-        return json_response(self._statistics.document(known))
+        return json_response(self._document(known))
 
     def _infer(self, request: Request) -> Response | Awaitable[Response]:
         started = time.perf_counter_ns()
@@ -253,7 +260,7 @@ class Inference:
             time.perf_counter_ns() - started,
             _nanoseconds(said.get("queue_us")),
             _nanoseconds(said.get("compute_us")),
-            cached=said.get("cache") == "hit",
+            cached=said.get("cache") in ("hit", "joined"),
         )
         return answer
 

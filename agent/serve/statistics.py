@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +99,46 @@ class Statistics:
         for labels, counts in rows:
             lines.extend(_histogram(labels, counts))
         return lines
+
+
+def with_caches(document: dict[str, Any], caches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The statistics document with ``cache`` beside each version whose answers are kept."""
+    rows = {(cache["model"], cache["version"]): cache for cache in caches}
+    for row in document["model_stats"]:
+        if (cache := rows.get((row["name"], row["version"]))) is not None:
+            row["cache"] = {name: value for name, value in cache.items() if name not in ("model", "version")}
+    return document
+
+
+def cache_metrics(caches: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Lines for the models whose answers are kept."""
+    rows = [(f'model="{_escape(cache["model"])}"', cache) for cache in caches]
+    if not rows:
+        return []
+    lines = ["# TYPE edge_agent_cache_requests_total counter"]
+    for labels, cache in rows:
+        lines.extend(
+            f'edge_agent_cache_requests_total{{{labels},result="{result}"}} {cache[name]}'
+            for result, name in (("hit", "hits"), ("joined", "joined"), ("miss", "misses"), ("bypass", "bypassed"))
+        )
+    for name, kind, of in (
+        ("removed_total", "counter", ("evicted", "expired")),
+        ("rewarmed_total", "counter", ("rewarmed",)),
+        ("entries", "gauge", ("entries",)),
+        ("bytes", "gauge", ("bytes",)),
+    ):
+        lines.append(f"# TYPE edge_agent_cache_{name} {kind}")
+        for labels, cache in rows:
+            lines.extend(
+                f"edge_agent_cache_{name}{{{labels}{reason}}} {cache[key]}"
+                for key in of
+                for reason in ([f',reason="{key}"'] if len(of) > 1 else [""])
+            )
+    lines.append("# TYPE edge_agent_cache_saved_seconds_total counter")
+    lines.extend(
+        f"edge_agent_cache_saved_seconds_total{{{labels}}} {cache['saved_us'] / 1e6:.9g}" for labels, cache in rows
+    )
+    return lines
 
 
 def _histogram(labels: str, counts: _Counts) -> list[str]:
