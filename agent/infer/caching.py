@@ -20,7 +20,7 @@ from agent.infer.books import Book, Books, state_of
 from agent.infer.cache_key import Source, answer_key, request_digest, tensors_bytes
 from agent.infer.favourites import Favourite
 from agent.infer.flights import Flights
-from agent.infer.loading import before
+from agent.infer.loading import before, too_late
 from agent.infer.rewarming import Rewarming
 from agent.infer.shelf import Served, Shelf
 from agent.infer.tensors import InferRequest, InferResponse, Tensor
@@ -218,13 +218,18 @@ class Caching:
     async def _follow(self, missed: _Missed, waiter: _Waiter) -> InferResponse | None:
         """What the leader brings; None when this one is to lead."""
         try:
-            return await before(missed.asked.deadline, waiter)
-        except BaseException:
-            if waiter.done() and not waiter.cancelled() and waiter.result() is None:
-                self._pass_on(missed.key)  # it came with the very end of the wait
+            # Not wait_for: before Python 3.12 that drops a cancellation which comes together with the result.
+            await asyncio.wait([waiter], timeout=max(0.0, missed.asked.deadline - time.monotonic()))
+        except asyncio.CancelledError:
+            if waiter.done() and waiter.result() is None:
+                self._pass_on(missed.key)
             else:
                 self._flights.leave(missed.key, waiter)
             raise
+        if not waiter.done():
+            self._flights.leave(missed.key, waiter)
+            raise too_late()
+        return waiter.result()
 
     async def _lead(self, missed: _Missed, answer: Awaitable[InferResponse]) -> InferResponse:
         try:
@@ -233,16 +238,14 @@ class Caching:
             self._pass_on(missed.key)
             raise
         for waiter in self._flights.landed(missed.key):
-            if not waiter.done():
-                waiter.set_result(response)
+            waiter.set_result(response)
         return response
 
     def _pass_on(self, key: bytes) -> None:
         """The leader has failed: who has waited longest takes its place."""
-        while (waiter := self._flights.failed(key)) is not None:
-            if not waiter.done():
-                waiter.set_result(None)
-                return
+        waiter = self._flights.failed(key)
+        if waiter is not None:
+            waiter.set_result(None)
 
     # -- keeping ------------------------------------------------------------------------------------------------------
 

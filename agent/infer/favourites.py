@@ -8,6 +8,7 @@ their bytes are counted and bounded.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,6 +50,7 @@ class Favourites:
         self._room = room
         self._remember_s = remember_s
         self._table: dict[bytes, Favourite] = {}
+        self._heap: list[tuple[float, float, bytes]] = []
         self._seen = 0
 
     def __len__(self) -> int:
@@ -94,12 +96,14 @@ class Favourites:
         for favourite in list(self._table.values()):
             if favourite.seen_at + self._remember_s <= now:
                 self._remove(favourite)
+        self._order()
         first = min((favourite.seen_at for favourite in self._table.values()), default=None)
         return None if first is None else first + self._remember_s
 
     def clear(self) -> None:
         """Everything goes."""
         self._table.clear()
+        self._heap.clear()
         self.size = 0
 
     def drop_inputs(self) -> int:
@@ -112,11 +116,28 @@ class Favourites:
     def _admit(self, digest: bytes, now: float) -> Favourite:
         uses = 0.0
         if len(self._table) >= MOST:
-            least = min(self._table.values(), key=lambda one: (one.uses, one.seen_at))
+            least = self._least()
             uses = least.uses
             self._remove(least)
         favourite = self._table[digest] = Favourite(digest, uses, uses, now)
+        heapq.heappush(self._heap, (uses, now, digest))
         return favourite
+
+    def _least(self) -> Favourite:
+        """Who was seen least, of a table that is full. Counts only rise, so a place in the heap is never too low."""
+        while True:
+            uses, seen_at, digest = self._heap[0]
+            favourite = self._table.get(digest)
+            if favourite is None:
+                heapq.heappop(self._heap)
+            elif (favourite.uses, favourite.seen_at) != (uses, seen_at):
+                heapq.heapreplace(self._heap, (favourite.uses, favourite.seen_at, digest))
+            else:
+                return favourite
+
+    def _order(self) -> None:
+        self._heap = [(one.uses, one.seen_at, one.digest) for one in self._table.values()]
+        heapq.heapify(self._heap)
 
     def _remove(self, favourite: Favourite) -> None:
         self._let_go(favourite)
@@ -131,3 +152,4 @@ class Favourites:
         for favourite in self._table.values():
             favourite.uses /= 2
             favourite.error /= 2
+        self._order()

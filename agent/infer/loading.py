@@ -422,7 +422,12 @@ async def before(deadline: float, work: Awaitable[_T]) -> _T:
     try:
         return await asyncio.wait_for(work, max(0.0, left))
     except asyncio.TimeoutError as error:  # on Python 3.10 a class of its own
-        raise DeadlineError("the request's time ran out before the model answered") from error
+        raise too_late() from error
+
+
+def too_late() -> DeadlineError:
+    """A request's time is over."""
+    return DeadlineError("the request's time ran out before the model answered")
 
 
 def _named(name: tiers.Name) -> SessionName:
