@@ -294,7 +294,8 @@ def describe_problems(error: ValidationError, model: type[BaseModel] | None = No
     """``field: must be …`` for each problem, the first ``limit`` of them; near names of ``model`` for unknown keys."""
     lines: list[str] = []
     for problem in error.errors(include_url=False, include_context=False, include_input=False):
-        location = [str(part) for part in problem["loc"]]
+        # A table that may be switched off by "false" is a union too: its own name is none of the file's.
+        location = [str(part) for part in problem["loc"] if not re.fullmatch(r"[A-Z]\w+Config", str(part))]
         # A union reports each member ("budget_mb.literal['auto']"), a mapping its keys ("models.A B.[key]").
         if location and re.fullmatch(r"(constrained-)?(int|float|str)|.*[\[(].*", location[-1]):
             location.pop()
@@ -304,7 +305,7 @@ def describe_problems(error: ValidationError, model: type[BaseModel] | None = No
         else:
             text = re.sub(r"^(Input|String|Value error,|Tuple|List|Dictionary)( should)? ?", "", problem["msg"])
             lines.append(f"{field}: {_requirement(text)}")
-    unique = _join_unions(lines)
+    unique = _join_unions(_without_false(lines))
     more = f" (and {len(unique) - limit} more)" if len(unique) > limit else ""
     return "; ".join(unique[:limit]) + more
 
@@ -334,6 +335,17 @@ def _near(location: tuple[int | str, ...], model: type[BaseModel] | None) -> str
 
     near = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _without_false(lines: list[str]) -> list[str]:
+    """Where a table is wrong within, nobody meant to switch it off by "false"."""
+    said = "must be False"
+    fields = [line.partition(": ")[0] for line in lines]
+    return [
+        line.replace(said, "must be false")
+        for line in lines
+        if not (line.endswith(said) and any(field.startswith(line.removesuffix(f": {said}") + ".") for field in fields))
+    ]
 
 
 def _join_unions(lines: list[str]) -> list[str]:

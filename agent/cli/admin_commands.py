@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from agent.base.errors import NotFoundError
 from agent.base.paths import Paths
 from agent.cli.call import call_core
 from agent.cli.commands import Commands, add_command
@@ -23,6 +24,14 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
         ("rotate-key", "move to the next device secret", _store_rotate),
     ):
         add_command(actions, common, name, text).set_defaults(action=action)
+    cache = add_command(commands, common, "cache", "answers that are kept in memory")
+    actions = cache.add_subparsers(dest="cache_command", metavar="COMMAND", required=True)
+    show = add_command(actions, common, "show", "each model that keeps answers, and what that saves")
+    show.add_argument("model", metavar="MODEL", nargs="?", help="this one, with the requests that come most often")
+    show.set_defaults(action=_cache_show)
+    clear = add_command(actions, common, "clear", "forget kept answers, and inputs kept to compute them again")
+    clear.add_argument("model", metavar="MODEL", nargs="?", help="of this one; without it, of all")
+    clear.set_defaults(action=_cache_clear)
     add_command(commands, common, "status", "what the agent is doing").set_defaults(action=_status)
     add_command(commands, common, "doctor", "what is wrong, and how to mend it").set_defaults(action=_doctor)
 
@@ -77,6 +86,44 @@ def _store_rotate(arguments: argparse.Namespace, paths: Paths) -> int:
     return 0
 
 
+# -- cache ------------------------------------------------------------------------------------------------------------
+
+
+def _cache_show(arguments: argparse.Namespace, paths: Paths) -> int:
+    rows = call_core(paths, "GET", "/v1/cache")["caches"]
+    if arguments.model is not None:
+        rows = [row for row in rows if row["model"] == arguments.model]
+        if not rows:
+            raise NotFoundError(f"model '{arguments.model}' keeps no answers", hint="docs/explanation/cache.md")
+    if arguments.json:
+        print_json({"caches": rows})
+    elif not rows:
+        print("no model keeps answers")
+    else:
+        names = ("MODEL", "STATE", "ANSWERS", "SIZE", "HITS", "MISSES", "BYPASSED", "HIT RATE", "SAVED")
+        print_table(names, [_cache_row(row) for row in rows])
+        if arguments.model is not None and rows[0]["hottest"]:
+            print()
+            hottest = [(one["request"], one["uses"], f"{one['compute_us']} us") for one in rows[0]["hottest"]]
+            print_table(("REQUEST", "USES", "COMPUTE"), hottest)
+    return 0
+
+
+def _cache_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    found = row["hits"] + row["joined"]
+    counts = (row["entries"], megabytes(row["bytes"]), found, row["misses"], row["bypassed"], f"{row['hit_rate']:.0%}")
+    return (row["model"], row["state"], *map(str, counts), f"{row['saved_us'] / 1e6:.1f} s")
+
+
+def _cache_clear(arguments: argparse.Namespace, paths: Paths) -> int:
+    result = call_core(paths, "POST", "/v1/cache/clear", {"model": arguments.model})
+    if arguments.json:
+        print_json(result)
+    else:
+        print(f"{result['cleared']} answer{'' if result['cleared'] == 1 else 's'} forgotten")
+    return 0
+
+
 # -- status and doctor ------------------------------------------------------------------------------------------------
 
 
@@ -91,6 +138,11 @@ def _status(arguments: argparse.Namespace, paths: Paths) -> int:
     versions = f"{len(result['models'])} version{'' if len(result['models']) == 1 else 's'}"
     print(f"models     {len(names)} in {versions}, {len(result['loaded'])} loaded")
     print(f"memory     {result['memory_budget_mb']} MB for models, {result['threads']} threads a run")
+    if caches := result["caches"]:
+        entries, size = sum(row["entries"] for row in caches), sum(row["bytes"] for row in caches)
+        print(
+            f"cache      {entries} answers of {len(caches)} model{'' if len(caches) == 1 else 's'}, {megabytes(size)}"
+        )
     print(f"store      generation {result['generation']}, key from {result['key_source']}")
     if doing := result["under_way"]:
         print(f"under way  {doing['operation']} for {doing['seconds']:.0f} s")

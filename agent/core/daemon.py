@@ -31,6 +31,7 @@ from agent.base.paths import Paths
 from agent.base.systemd import Handover, Notifier, adopt_sockets
 from agent.core import health, logs
 from agent.core.admin_api import AdminApi
+from agent.core.cache_api import CacheApi
 from agent.core.device import Device, inventory_of, look_at_device
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
 from agent.core.link_api import LinkApi, NoFleet
@@ -283,7 +284,11 @@ class Core:
             self._upkeep,
             lambda: self._fleet,
         )
-        rows = [*api.routes(), *LinkApi(lambda: self._fleet or self._no_fleet).routes()]
+        engine = self._engine
+        kept = CacheApi(
+            engine.caches, engine.hottest, engine.clear_cache, lambda name: name in self._store.document.models
+        )
+        rows = [*api.routes(), *kept.routes(), *LinkApi(lambda: self._fleet or self._no_fleet).routes()]
         self._admin = admin_server(rows, link_uid=uid_of(config.sockets.link_user), limits=_ADMIN_LIMITS)
         passed = adopt_sockets(self._handover.descriptors, {"infer", "admin"})
         for name, server, path, group in (

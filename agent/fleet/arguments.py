@@ -50,7 +50,7 @@ USAGE: Mapping[str, Usage] = {
     "store.scrub": Usage("verify every encrypted file"),
     "store.gc": Usage("delete what no installed version needs"),
     "store.rotate-key": Usage("move the store to the next device secret"),
-    "cache.flush": Usage("unload all models; they are loaded again when asked for"),
+    "cache.flush": Usage("unload all models and forget kept answers; models are loaded again when asked for"),
     "bench.run": Usage("try a model's variants again and choose anew", {"model": "text"}, ("model",)),
     "maintenance.plan": Usage("run tasks of the maintenance plan now", {"run": "list"}, ("run",)),
     "agent.restart": Usage("restart the agent"),

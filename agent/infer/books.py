@@ -117,16 +117,13 @@ class Books:
     def _open(self, served: Served, limits: CacheLimits) -> None:
         model, state = served.model, state_of(served)
         book = self._books.get(model)
-        if book is not None and book.limits != limits:
-            self._close(model)
-            book = None
         if book is None:
-            room = int(limits.size * _INPUTS_SHARE) if limits.prewarm else 0
-            favourites = Favourites(room, limits.ttl_s * _REMEMBERED_LIVES)
-            self._books[model] = Book(limits, state, Cache(limits), favourites)
-        elif book.state != state:
-            book.state = state
+            self._books[model] = Book(limits, state, Cache(limits), Favourites(*_room(limits)))
+        elif (book.limits, book.state) != (limits, state):
             book.empty()
+            book.limits, book.state = limits, state
+            book.favourites.resize(*_room(limits))
+            book.cache.resize(limits, book.favourites.size)
             self._changed(served, book)
 
     def _close(self, model: str) -> None:
@@ -216,6 +213,11 @@ class Books:
             }
             for favourite in (book.favourites.hottest()[:most] if book is not None else ())
         ]
+
+
+def _room(limits: CacheLimits) -> tuple[int, float]:
+    """For favourites: bytes of inputs, and how long they are remembered."""
+    return int(limits.size * _INPUTS_SHARE) if limits.prewarm else 0, limits.ttl_s * _REMEMBERED_LIVES
 
 
 def state_of(served: Served) -> tuple[Any, ...]:

@@ -110,6 +110,11 @@ class Cache(Generic[_T]):
         heapq.heappush(self._heap, (entry.score, entry.stamp, key))
         return True
 
+    def resize(self, limits: CacheLimits, reserved: int) -> None:
+        """Other limits hold from now on. What is kept goes: its time was another."""
+        self.clear()
+        self.limits, self.reserved = limits, reserved
+
     def reserve(self, size: int) -> None:
         """So many bytes of the limit are taken by something else."""
         self.reserved = size

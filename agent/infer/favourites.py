@@ -100,6 +100,13 @@ class Favourites:
         first = min((favourite.seen_at for favourite in self._table.values()), default=None)
         return None if first is None else first + self._remember_s
 
+    def resize(self, room: int, remember_s: float) -> None:
+        """Other limits hold from now on."""
+        self._room, self._remember_s = room, remember_s
+        for favourite in reversed(self.hottest()):
+            if self.size > room:
+                self._let_go(favourite)
+
     def clear(self) -> None:
         """Everything goes."""
         self._table.clear()

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from agent.core.admin_api import AdminApi
+from agent.core.cache_api import CacheApi
 from agent.core.link_api import LinkApi, NoFleet
 from agent.serve.access import CARRY, OPERATE
 from agent.serve.routes import Route
@@ -47,7 +48,8 @@ def rows() -> list[Route]:
     """Every row that core serves on the admin socket, as it makes them itself."""
     nothing: Any = SimpleNamespace()
     api = AdminApi(nothing, nothing, nothing, nothing, dict, list, nothing, lambda: None)
-    return [*api.routes(), *LinkApi(NoFleet).routes()]
+    kept = CacheApi(nothing, nothing, nothing, nothing)
+    return [*api.routes(), *kept.routes(), *LinkApi(NoFleet).routes()]
 
 
 def target(route: Route) -> tuple[str, str]:

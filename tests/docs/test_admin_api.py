@@ -15,6 +15,7 @@ from openapi_spec_validator import validate
 from agent.client.blocking import Lines
 from agent.client.exchange import Answer, request
 from agent.core.admin_api import AdminApi
+from agent.core.cache_api import CacheApi
 from tests import onnx_models
 from tests.core.conftest import ROOT, Agent
 
@@ -50,7 +51,10 @@ def test_the_document_is_valid() -> None:
 
 def test_the_document_has_each_row_of_the_table_with_its_right() -> None:
     nothing: Any = None  # the table is made without calling anything
-    table = {(row.method, row.pattern): row.right for row in AdminApi(*[nothing] * 8).routes()}
+    table = {
+        (row.method, row.pattern): row.right
+        for row in [*AdminApi(*[nothing] * 8).routes(), *CacheApi(*[nothing] * 4).routes()]
+    }
     assert {key: operation["x-right"] for key, operation in OPERATIONS.items()} == table
 
 
@@ -112,6 +116,8 @@ def test_a_daemon_answers_what_the_document_says(caller: Caller, model_file: int
     assert "no previous version" in ask("POST", "/v1/models/{name}/rollback", name=name)["error"]
     ask("POST", "/v1/models/{name}/try", {}, name=name)
     ask("POST", "/v1/models/{name}/verify", name=name)
+    assert ask("GET", "/v1/cache") == {"caches": []}
+    assert ask("POST", "/v1/cache/clear", {}) == {"cleared": 0}
     ask("GET", "/v1/store")
     assert ask("POST", "/v1/store/verify")["ok"]
     ask("POST", "/v1/store/gc")
