@@ -2,15 +2,17 @@
 
 While it pays, every request is looked up. A window of lookups that cost more than they saved begins a rest, in which
 requests go by at no cost. After so many of them, or so long, a short window probes again: it must save twice what it
-costs to end the rest, else the next rest is twice as long.
+costs to end the rest, else the next rest is twice as long. So unique requests cost next to nothing.
 """
 
 from __future__ import annotations
 
 #: Lookups after which they are judged; of a probe, fewer.
 WINDOW, PROBE = 64, 32
-#: Requests that go by in a rest, at least and at most; and its longest time: who asks seldom shall not wait for many.
-LEAST_REST, MOST_REST, REST_S = 128, 4096, 30.0
+#: Requests that go by in a rest, at least and at most.
+LEAST_REST, MOST_REST = 512, 4096
+#: The least rest lasts no longer than this, a longer one as many times longer: who asks seldom does not wait for many.
+REST_S = 30.0
 #: So many times its cost must a probe save.
 _CONVINCING = 2.0
 
@@ -53,7 +55,7 @@ class Paying:
             self._probing, self._rest = False, LEAST_REST
         else:
             self._rest = min(2 * self._rest, MOST_REST) if self._probing else LEAST_REST
-            self.resting, self._skipped, self._until = True, 0, now + REST_S
+            self.resting, self._skipped, self._until = True, 0, now + REST_S * self._rest / LEAST_REST
         self._begin()
 
     def afresh(self) -> None:

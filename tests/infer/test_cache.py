@@ -313,7 +313,7 @@ def test_who_asks_seldom_waits_for_a_probe_no_longer_than_a_while():
         spend(paying, MOST_REST, cost=10, saved=0)
     assert paying.resting
     assert not paying.worth_a_look(0.0)
-    assert paying.worth_a_look(REST_S)
+    assert paying.worth_a_look(REST_S * MOST_REST / LEAST_REST)
 
 
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=1, max_size=20))
