@@ -222,10 +222,18 @@ class CacheConfig(_Section):
     prewarm: bool = False
 
 
+class BatchingConfig(_Section):
+    """Joining of concurrent requests for one model."""
+
+    max_size: Annotated[int, Field(ge=1, le=1024)]
+    max_delay_us: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+
+
 class ModelConfig(_Section):
     """What the device's owner wants of one model; it wins over the model's manifest. None: as the manifest has it."""
 
     cache: CacheConfig | Literal[False] | None = None
+    batching: BatchingConfig | Literal[False] | None = None
 
 
 class Config(_Section):

@@ -164,14 +164,25 @@ def _explain(arguments: argparse.Namespace, paths: Paths) -> int:
         raise PeerError(
             f"cannot explain '{arguments.model}' {version}: it is not installed", hint="edge-agent models list"
         )
-    document = result["versions"][version]["explain"]
+    document, batching = (result["versions"][version].get(part) for part in ("explain", "batching"))
     if document is None:
         raise PeerError(f"cannot explain '{arguments.model}': nothing was tried yet", hint="edge-agent bench MODEL")
     if arguments.json:
-        print_json(document)
+        print_json({**document, "batching": batching})
     else:
         _print_explanation(document)
+        _print_batching(batching)
     return 0
+
+
+def _print_batching(record: Mapping[str, Any] | None) -> None:
+    """What joining requests was measured to gain, where somebody asked for it."""
+    if record is None:
+        return
+    decided = record["decided"]
+    rows = ", ".join(f"{rows}: {us:g} us" for rows, us in decided["us_per_row"].items())
+    said = decided["reason"] or f"runs of up to {decided['size']} rows"
+    print(f"batching: {said}" + (f" (a row in runs of {rows})" if rows else ""))
 
 
 def _activate(arguments: argparse.Namespace, paths: Paths) -> int:

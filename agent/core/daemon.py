@@ -29,6 +29,7 @@ from agent.base.hardening import forbid_inspection, lock_memory, unlocked_memory
 from agent.base.memory import Fence
 from agent.base.paths import Paths
 from agent.base.systemd import Handover, Notifier, adopt_sockets
+from agent.bundles.manifest import BatchingPolicy, Manifest
 from agent.core import health, logs
 from agent.core.admin_api import AdminApi
 from agent.core.cache_api import CacheApi
@@ -47,6 +48,7 @@ from agent.infer.runtimes.probe import Runtimes, source_version
 from agent.infer.shelf import Option, Shelf
 from agent.infer.tensors import InferRequest, InferResponse, Tensor
 from agent.infer.wishes import Wishes
+from agent.operations.batching import as_wanted, gains_hold
 from agent.operations.forms import FormKey, Forms, form_keys, forms_hold, no_forms
 from agent.operations.install import Installer, Preparing, Serving
 from agent.operations.maintain import Maintenance
@@ -94,6 +96,7 @@ class Core:
         self._rules = model_rules(config)
         self._fleet: Fleet | None = None
         self._no_fleet = NoFleet()
+        self._reviewing: asyncio.Future[None] | None = None
 
     async def run(self) -> None:
         """Start, serve until told to stop, drain, stop. Raises AgentError when it cannot start."""
@@ -170,7 +173,12 @@ class Core:
             SystemClock(),
             unsigned=config.trust.unsigned,
             outdated=partial(outdated, view),
-            preparing=Preparing(self._make_forms_on(view), lambda entry: forms_hold(entry, self._form_key)),
+            preparing=Preparing(
+                self._make_forms_on(view),
+                lambda entry: forms_hold(entry, self._form_key),
+                self._gauge_on(view),
+                lambda entry: gains_hold(entry, self._batching_of),
+            ),
             go_on=self._operations.go_on,
         )
         self._maintenance = Maintenance(self._store, serving.show)
@@ -260,6 +268,23 @@ class Core:
             return make_form_maker(view, self._store, self._form_key, selection, self._operations.go_on)(*arguments)
 
         return make
+
+    def _gauge_on(self, view: DeviceView) -> Callable[..., Mapping[str, Any]]:
+        """As the chooser: made when it is first needed."""
+
+        def gauge(manifest: Manifest, *arguments: Any) -> Mapping[str, Any]:
+            if self._batching_of(manifest) is None:
+                return {}
+            from agent.core.trying import make_batch_gauge  # noqa: PLC0415 - most devices join nothing
+
+            selection, go_on = self._config.selection, self._operations.go_on
+            return make_batch_gauge(view, self._store.read, self._batching_of, selection, go_on)(manifest, *arguments)
+
+        return gauge
+
+    def _batching_of(self, manifest: Manifest) -> BatchingPolicy | None:
+        """How requests for a model are to be joined."""
+        return as_wanted(self.config.models)(manifest)
 
     # -- serving ------------------------------------------------------------------------------------------------------
 
@@ -393,12 +418,14 @@ class Core:
         except ConfigError as error:
             _LOG.error("configuration not reloaded: %s", error)
             return
-        self._config = config
+        models, self._config = self._config.models, config
         if self._fleet is not None:
             self._fleet.reload()
         elif os.path.lexists(self._paths.trust_file):
             self._make_fleet().start()
         self._hold(self.config)
+        if config.models != models:
+            self._reviewing = asyncio.ensure_future(self._review())
         _LOG.info("configuration reloaded; limits of sockets, store and memory hold from the next start on")
 
     def _hold(self, config: Config) -> None:

@@ -14,8 +14,10 @@ from agent.base.config import SelectionConfig
 from agent.hardware.energy import EnergyMeter
 from agent.hardware.sensors import read_sensors
 from agent.infer.trial import Surroundings
+from agent.operations.batching import Wish
 from agent.operations.choosing import TrialSettings, VariantChooser
 from agent.operations.forms import FormKey
+from agent.operations.gauging import BatchGauge
 from agent.operations.measured import DeviceView
 from agent.operations.preparing import WORTH_MS, FormMaker
 from agent.operations.shelving import OpenBlob
@@ -28,6 +30,13 @@ def make_form_maker(
     """Prepares what was chosen, on this machine."""
     worth_ms = 0.0 if selection.prepare == "always" else WORTH_MS
     return FormMaker(device, store, key, _surroundings(go_on), timeout_s=selection.trial_timeout_s, worth_ms=worth_ms)
+
+
+def make_batch_gauge(
+    device: DeviceView, open_blob: OpenBlob, wish: Wish, selection: SelectionConfig, go_on: Callable[[], None]
+) -> BatchGauge:
+    """Says what joining requests gains, on this machine."""
+    return BatchGauge(device, open_blob, wish, _surroundings(go_on), timeout_s=selection.trial_timeout_s)
 
 
 def make_chooser(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,10 @@ from agent.infer.shelf import Form, Option, Served, SessionName
 from agent.infer.tensors import InferRequest, InferResponse, Tensor, check_inputs
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from agent.bundles.manifest import TensorSpec
+    from agent.infer.joining import Joint
 
 INLINE_P95_MS = 0.3
 #: A run in a thread that was shorter proves its shapes fit for the loop; the first one after a load is slower.
@@ -53,6 +57,9 @@ class Resident:
     outgrown: bool = False
     #: Seconds that runs took longer than those of the form that would take over.
     wasted_s: float = 0.0
+    #: Where its requests are joined to batches, as the shelf ``joint_for`` wants it; None: each runs alone.
+    joint: Joint | None = None
+    joint_for: Served | None = None
 
     @property
     def key(self) -> Key:
@@ -105,12 +112,31 @@ def respond(resident: Resident, request: InferRequest, arrived: float, halt: Hal
     """One run in the calling thread. DeadlineError when ``halt`` ended it. ``arrived``: ``perf_counter``, 0 for now."""
     start = time.perf_counter()
     arrays = check_inputs(resident.served.inputs, request.inputs)
-    names = _wanted(resident, request)
+    names = wanted(resident, request)
+    answers = run(resident, arrays, names, halt)
+    spent_us = int((time.perf_counter() - start) * 1e6)
+    queue_us = int((start - arrived) * 1e6) if arrived else 0
+    return response_of(resident, request, names, answers, {"queue_us": queue_us, "compute_us": spent_us})
+
+
+def run(
+    resident: Resident, arrays: Mapping[str, NDArray[Any]], names: tuple[str, ...], halt: Halt
+) -> list[NDArray[Any]]:
+    """The session's answers in the calling thread. DeadlineError when ``halt`` ended it."""
     try:
-        answers = resident.session.run(arrays, names, halt)
+        return resident.session.run(arrays, names, halt)
     except MemoryError as error:
         raise TryLaterError("cannot run model: out of memory") from error
-    end = time.perf_counter()
+
+
+def response_of(
+    resident: Resident,
+    request: InferRequest,
+    names: tuple[str, ...],
+    answers: Sequence[NDArray[Any]],
+    figures: Mapping[str, Any],
+) -> InferResponse:
+    """The response that says what really ran. ``figures`` are those of the run."""
     option = resident.option
     best = resident.served.options[0] if resident.served.options else option
     return InferResponse(
@@ -127,13 +153,13 @@ def respond(resident: Resident, request: InferRequest, arrived: float, halt: Hal
             "requested_backend": best.provider,
             "degraded": bool(resident.degraded_because),
             "cache": "off",
-            "queue_us": int((start - arrived) * 1e6) if arrived else 0,
-            "compute_us": int((end - start) * 1e6),
+            **figures,
         },
     )
 
 
-def _wanted(resident: Resident, request: InferRequest) -> tuple[str, ...]:
+def wanted(resident: Resident, request: InferRequest) -> tuple[str, ...]:
+    """Names of the outputs that are asked for. PeerError for one that the model does not have."""
     if not request.outputs:
         return resident.output_names
     names = tuple(output.name for output in request.outputs)
@@ -157,4 +183,5 @@ def described(resident: Resident) -> dict[str, Any]:
         "mb": round((resident.form.session + (resident.form.size if resident.form.shares else 0)) / (1 << 20), 1),
         "degraded": bool(resident.degraded_because),
         "reason": resident.degraded_because,
+        "batching": None if resident.joint is None else resident.joint.describe(),
     }

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agent import __version__
 from agent.base.errors import DeadlineError, TryLaterError
@@ -34,6 +34,7 @@ from agent.infer.wishes import NO_WISHES, Wishes, wishes_of
 if TYPE_CHECKING:
     from agent.bundles.manifest import TensorSpec
     from agent.infer.caching import Caching
+    from agent.infer.joining import Joint, Means
 
 __all__ = ["Engine", "EngineLimits", "Key"]
 
@@ -46,6 +47,7 @@ _CLOSE_S = 5.0
 #: For a run that nobody waits for.
 _REPLAY_S = 30.0
 _LOG = logging.getLogger("edge_agent.engine")
+_T = TypeVar("_T")
 
 
 class Engine:
@@ -72,6 +74,7 @@ class Engine:
         self._halts: set[Halt] = set()
         self._guard = LoopGuard()
         self._caching: Caching | None = None
+        self._unfit: dict[str, str] = {}  # why requests are not joined, by the digest of the option
         self._closing = False
 
     # -- what there is ------------------------------------------------------------------------------------------------
@@ -129,9 +132,10 @@ class Engine:
 
     def loaded(self) -> list[dict[str, Any]]:
         """The sessions that answer now, for ``status``."""
-        return [
-            {**described(resident), "pinned": resident.key in self._standing.pins} for resident in self._standing.all()
-        ]
+        residents = self._standing.all()
+        for resident in residents:
+            self._joint_of(resident)  # one that nobody has asked yet does not know
+        return [{**described(resident), "pinned": resident.key in self._standing.pins} for resident in residents]
 
     def memory(self) -> dict[str, Any]:
         """Budget, what is held of it, and counts of loads, for ``status``."""
@@ -245,6 +249,7 @@ class Engine:
             resident is not None
             and resident.fits_the_loop(request)
             and wishes.pin is None
+            and ((joint := self._joint_of(resident)) is None or joint.quiet())
             and self._loader.touch(resident.name, wishes.keep_s)
         ):
             try:
@@ -270,7 +275,7 @@ class Engine:
 
     async def _answer(self, served: Served, request: InferRequest, deadline: float, wishes: Wishes) -> InferResponse:
         require_options(served)
-        check_inputs(served.inputs, request.inputs)  # a wrong request must not cost a load
+        arrays = check_inputs(served.inputs, request.inputs)  # a wrong request must not cost a load
         waiting = self._waiting.get(served.model, 0)
         if waiting >= self._limits.queue_per_model:
             raise TryLaterError(f"model '{served.model}': {waiting} requests are waiting already")
@@ -278,6 +283,13 @@ class Engine:
         arrived = time.perf_counter()
         try:
             resident = await self._standing.lease(served, deadline)
+            if (joint := self._joint_of(resident)) is not None and wishes.pin is None:
+                release = partial(self._loader.release, resident.name, wishes.keep_s)
+                if (joined := await joint.answer(request, arrays, (arrived, deadline), release)) is not None:
+                    return joined
+                if resident.retired:  # for what the batch did to it
+                    release()
+                    resident = await self._standing.lease(served, deadline)
             halt = Halt()
             job = await self._start(resident, request, arrived, deadline, halt, wishes)
             try:
@@ -305,17 +317,18 @@ class Engine:
         except BaseException:
             self._loader.release(resident.name, wishes.keep_s)
             raise
-        job = self._runners.submit(resident.name.model, partial(self._run_in_thread, resident, request, arrived, halt))
+        work = partial(self._guarded, resident, partial(respond, resident, request, arrived, halt))
+        job = self._runners.submit(resident.name.model, work)
         self._halts.add(halt)
         job.future.add_done_callback(partial(self._release, resident, request, halt, wishes))
         return job
 
-    def _run_in_thread(self, resident: Resident, request: InferRequest, arrived: float, halt: Halt) -> InferResponse:
-        """One run that may take long, and much memory."""
+    def _guarded(self, resident: Resident, work: Callable[[], _T]) -> _T:
+        """In a thread: one run that may take long, and much memory."""
         self._fence()
         start_mb = resident_mb()
         try:
-            return respond(resident, request, arrived, halt)
+            return work()
         except DeadlineError:
             raise
         except TryLaterError:
@@ -338,13 +351,54 @@ class Engine:
             compute_us = done.result().parameters["compute_us"]
             resident.ran(request, compute_us)
             self._standing.consider_change(resident, compute_us)
+        self._drop_outgrown(resident)
+        if resident.turn is not None:
+            resident.turn.release()
+        self._loader.release(resident.name, wishes.keep_s)
+
+    def _drop_outgrown(self, resident: Resident) -> None:
         if resident.outgrown and not resident.retired:
             _LOG.warning("model %s %s: dropped from memory, it asked for far more than measured", *resident.key)
             self._standing.retire(resident, cold=True)
             self._loader.give_back_now()
-        if resident.turn is not None:
-            resident.turn.release()
-        self._loader.release(resident.name, wishes.keep_s)
+
+    # -- joining ------------------------------------------------------------------------------------------------------
+
+    def _joint_of(self, resident: Resident) -> Joint | None:
+        """Where its requests are joined; None where each runs alone."""
+        if resident.joint_for is not resident.served:
+            resident.joint_for = resident.served
+            options = resident.served.options
+            if resident.joint is not None or any(option.batching is not None for option in options):
+                from agent.infer.joining import joint_of  # noqa: PLC0415 - most devices join nothing
+
+                resident.joint = joint_of(resident, self._unfit.get(resident.option.digest, ""), self._means())
+        return resident.joint if resident.joint is not None and resident.joint.on else None
+
+    def _means(self) -> Means:
+        from agent.infer.joining import Means  # noqa: PLC0415 - as above
+
+        return Means(
+            submit=self._runners.submit,
+            withdraw=self._runners.withdraw,
+            guarded=self._guarded,
+            ended=self._ended_together,
+            unfit=self._not_joinable,
+            closing=lambda: self._closing,
+            halts=self._halts,
+            lanes=self._limits.workers,
+        )
+
+    def _ended_together(self, resident: Resident, request: InferRequest | None, rows: int, compute_us: int) -> None:
+        if request is not None:
+            resident.ran(request, compute_us)
+        if rows:
+            self._standing.consider_change(resident, compute_us // rows)
+        self._drop_outgrown(resident)
+
+    def _not_joinable(self, resident: Resident, reason: str) -> None:
+        self._unfit[resident.option.digest] = reason
+        _LOG.warning("model %s %s: requests are not joined any more: %s", *resident.key, reason)
 
 
 def _metadata(spec: TensorSpec) -> dict[str, Any]:

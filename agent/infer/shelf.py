@@ -14,6 +14,7 @@ from agent.infer.runtimes.base import PLAIN, Route
 
 if TYPE_CHECKING:
     from agent.bundles.manifest import TensorSpec
+    from agent.infer.gains import Batching
     from agent.infer.trial import OpenModel
 
 
@@ -79,6 +80,8 @@ class Option:
     shares: bool = False
     #: Prepared forms: the first answers first, the last in the long run. None: it is opened as it is.
     forms: tuple[Form, ...] = ()
+    #: How requests are joined, where that was asked for.
+    batching: Batching | None = None
 
     def ways(self) -> tuple[Form, ...]:
         """Its forms; the file as it came where nothing was prepared."""

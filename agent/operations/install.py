@@ -45,10 +45,15 @@ class Serving:
 
 @dataclass(frozen=True, slots=True)
 class Preparing:
-    """How a version's prepared forms are made, and whether those that it has still hold (``operations.forms``)."""
+    """How a version's prepared forms are made, and whether those that it has still hold (``operations.forms``).
+
+    ``gauge`` and ``gains_hold``: the same for what joining its requests gains (``operations.batching``).
+    """
 
     make: Callable[[Manifest, Mapping[str, BlobRef], Choice, Progress], Forms] = lambda *_: Forms()
     hold: Callable[[VersionEntry], bool] = lambda entry: True
+    gauge: Callable[[Manifest, Mapping[str, BlobRef], Choice, Progress], Mapping[str, Any]] = lambda *_: {}
+    gains_hold: Callable[[VersionEntry], bool] = lambda entry: True
 
 
 class Installer:
@@ -99,7 +104,9 @@ class Installer:
             _require_choice(choice, f"cannot add model '{name}'")
             forms = self._preparing.make(manifest, refs, choice, progress)
             refs |= forms.blobs
+            gains = self._preparing.gauge(manifest, refs, choice, progress)
             entry = _entry_with_forms(_version_entry(manifest, refs, choice, self._now()), forms)
+            entry = _entry_with_gains(entry, gains)
             self._commit_loaded(manifest, entry, progress)
         except BaseException:
             self._store.discard(refs.values())
@@ -161,11 +168,16 @@ class Installer:
         return True
 
     def renew_forms(self, name: str, version: str, progress: Progress) -> bool:
-        """Prepare the chosen variant of a version anew where its forms no longer hold; whether it was done."""
+        """Prepare the chosen variant of a version anew where its forms no longer hold, and gauge its batches where
+        that is missing; whether something was done."""
         entry = self._version(name, version)
-        if self._preparing.hold(entry):
-            return False
         choice = Choice(entry.chosen, {}, measurements=dict(entry.measurements))
+        gauged = not self._preparing.gains_hold(entry)
+        if gauged:
+            gains = self._preparing.gauge(entry.manifest, entry.blobs, choice, progress)
+            self._serving.show(self._store.commit(lambda document: _with_gains(document, name, version, gains)))
+        if self._preparing.hold(entry):
+            return gauged
         forms = self._preparing.make(entry.manifest, entry.blobs, choice, progress)
         try:
             self._serving.show(self._store.commit(lambda document: _with_forms(document, name, version, forms)))
@@ -353,6 +365,15 @@ def _entry_with_forms(entry: VersionEntry, forms: Forms) -> VersionEntry:
     choice = {**(entry.choice or {}), "forms": forms.records}
     damaged = tuple(part for part in entry.damaged if not part.startswith(PREFIX))
     return entry.model_copy(update={"blobs": blobs, "choice": choice, "damaged": damaged})
+
+
+def _with_gains(document: CatalogDocument, name: str, version: str, gains: Mapping[str, Any]) -> CatalogDocument:
+    return _with_version(document, name, version, _entry_with_gains(document.models[name].versions[version], gains))
+
+
+def _entry_with_gains(entry: VersionEntry, gains: Mapping[str, Any]) -> VersionEntry:
+    """The entry with what joining gains; nothing is noted where nobody asked for it."""
+    return entry.model_copy(update={"choice": {**(entry.choice or {}), "batching": dict(gains)}}) if gains else entry
 
 
 def _with_active(document: CatalogDocument, name: str, version: str) -> CatalogDocument:

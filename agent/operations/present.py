@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from agent.operations.batching import gains_of
 from agent.store.document import CatalogDocument, ModelEntry, VersionEntry
 
 
@@ -30,6 +31,7 @@ def describe_model(name: str, model: ModelEntry) -> dict[str, Any]:
                 "order": (entry.choice or {}).get("order", []),
                 "forms": (entry.choice or {}).get("forms", {}),
                 "quarantine": entry.quarantine,
+                "batching": gains_of(entry).get(entry.chosen or ""),
             }
             for version, entry in model.versions.items()
         },

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from agent.infer.shelf import CacheLimits, Option, Served, Shelf
+from agent.operations.batching import Wish, as_wanted, shelved_batching
 from agent.operations.forms import FormKey, no_forms, shelved_forms
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
 
@@ -37,9 +38,10 @@ def shelf_from(
 ) -> Shelf:
     """Everything that is installed. ``threads``: of one run, where nothing was measured. ``wanted``: by the device's
     owner, for single models."""
+    wish = as_wanted(wanted)
     versions = {
         (name, version): replace(
-            _served(name, version, entry, open_blob, threads, form_key),
+            _served(name, version, entry, open_blob, threads, form_key, wish),
             cache=_cache_limits(entry.manifest, wanted.get(name)),
         )
         for name, model in document.models.items()
@@ -61,7 +63,7 @@ def active_entry(model: ModelEntry) -> VersionEntry | None:
 
 
 def _served(
-    name: str, version: str, entry: VersionEntry, open_blob: OpenBlob, threads: int, form_key: FormKey
+    name: str, version: str, entry: VersionEntry, open_blob: OpenBlob, threads: int, form_key: FormKey, wish: Wish
 ) -> Served:
     manifest = entry.manifest
     options, missing = [], []
@@ -88,6 +90,7 @@ def _served(
             size=ref.size,
             load_s=_load_s(measured),
             shares=variant.runtime == "tflite",  # it maps the file and leaves the weights there
+            batching=shelved_batching(entry, candidate, wish),
         )
         forms = shelved_forms(entry, candidate, option.plain(), form_key, open_blob)
         options.append(replace(option, forms=forms))

@@ -261,6 +261,7 @@ class Inference:
             _nanoseconds(said.get("queue_us")),
             _nanoseconds(said.get("compute_us")),
             cached=said.get("cache") in ("hit", "joined"),
+            batch=(said.get("batch", 0), said.get("batch_requests", 0)),
         )
         return answer
 

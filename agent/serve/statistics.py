@@ -28,6 +28,10 @@ class _Counts:
     queue_ns: int = 0
     compute_ns: int = 0
     cache_hits: int = 0
+    #: Runs of joined requests by their rows, and their nanoseconds. Each request brings its share of the run.
+    joined: int = 0
+    runs: dict[int, float] = field(default_factory=dict)
+    runs_ns: dict[int, float] = field(default_factory=dict)
     last_ms: int = 0
     statuses: dict[int, int] = field(default_factory=dict)
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
@@ -47,15 +51,28 @@ class Statistics:
         return counts
 
     def succeeded(
-        self, model: str, version: str, total_ns: int, queue_ns: int = 0, compute_ns: int = 0, *, cached: bool = False
+        self,
+        model: str,
+        version: str,
+        total_ns: int,
+        queue_ns: int = 0,
+        compute_ns: int = 0,
+        *,
+        cached: bool = False,
+        batch: tuple[int, int] = (0, 0),
     ) -> None:
-        """One request was answered."""
+        """One request was answered. ``batch``: rows and requests of its run, where requests are joined."""
         counts = self._of(model, version)
         counts.success += 1
         counts.success_ns += total_ns
         counts.queue_ns += queue_ns
         counts.compute_ns += compute_ns
         counts.cache_hits += cached
+        if batch[1] and not cached:
+            rows, requests = batch
+            counts.joined += 1
+            counts.runs[rows] = counts.runs.get(rows, 0.0) + 1 / requests
+            counts.runs_ns[rows] = counts.runs_ns.get(rows, 0.0) + compute_ns / requests
         counts.last_ms = int(self._now() * 1000)
         counts.buckets[bisect_left(_BOUNDS_NS, total_ns)] += 1
 
@@ -95,6 +112,7 @@ class Statistics:
                 f"edge_agent_infer_{name}_seconds_total{{{labels}}} {getattr(counts, name + '_ns') / 1e9:.9g}"
                 for labels, counts in rows
             )
+        lines += _batches([(labels, counts) for labels, counts in rows if counts.joined])
         lines.append("# TYPE edge_agent_infer_duration_seconds histogram")
         for labels, counts in rows:
             lines.extend(_histogram(labels, counts))
@@ -151,6 +169,20 @@ def _histogram(labels: str, counts: _Counts) -> list[str]:
     return lines
 
 
+def _batches(rows: list[tuple[str, _Counts]]) -> list[str]:
+    """Only of models whose requests are joined."""
+    lines: list[str] = []
+    if rows:
+        lines.append("# TYPE edge_agent_infer_joined_runs_total counter")
+        lines.extend(
+            f"edge_agent_infer_joined_runs_total{{{labels}}} {round(sum(counts.runs.values()))}"
+            for labels, counts in rows
+        )
+        lines.append("# TYPE edge_agent_infer_joined_requests_total counter")
+        lines.extend(f"edge_agent_infer_joined_requests_total{{{labels}}} {counts.joined}" for labels, counts in rows)
+    return lines
+
+
 def _escape(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
@@ -166,7 +198,7 @@ def _triton(model: str, version: str, counts: _Counts) -> dict[str, Any]:
         "version": version,
         "last_inference": counts.last_ms,
         "inference_count": counts.success,
-        "execution_count": counts.success - counts.cache_hits,
+        "execution_count": counts.success - counts.cache_hits - counts.joined + round(sum(counts.runs.values())),
         "inference_stats": {
             "success": duration(counts.success, counts.success_ns),
             "fail": duration(counts.fail, counts.fail_ns),
@@ -174,5 +206,8 @@ def _triton(model: str, version: str, counts: _Counts) -> dict[str, Any]:
             "compute_infer": duration(counts.success - counts.cache_hits, counts.compute_ns),
             "cache_hit": duration(counts.cache_hits, 0),
         },
-        "batch_stats": [],
+        "batch_stats": [
+            {"batch_size": rows, "compute_infer": duration(round(runs), round(counts.runs_ns[rows]))}
+            for rows, runs in sorted(counts.runs.items())
+        ],
     }

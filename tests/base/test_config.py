@@ -133,6 +133,11 @@ def test_an_integrators_file(tmp_path: Path) -> None:
             "models.digits.cache.ttl_s: Field required; models.digits.cache.ttl: unknown key",
         ),
         ("[models.digits]\ncahce = false", "models.digits.cahce: unknown key"),
+        ("[models.digits]\nbatching = true", "models.digits.batching: must be a table or be false"),
+        (
+            "[models.digits.batching]\nmax_size = 0",
+            "models.digits.batching.max_size: must be greater than or equal to 1",
+        ),
         ('[log]\nlevel = "INFO"', "log.level: must be 'debug', 'info', 'warning' or 'error'"),
     ],
 )
@@ -205,6 +210,7 @@ def test_the_shipped_files_example_is_valid() -> None:
     config = parse(_toml(example), "example")
     (wanted,) = config.models.values()
     assert wanted.cache
+    assert wanted.batching
     (rule,) = config.access.models.values()
     assert all((rule.users, rule.groups, rule.uids, rule.gids))
 
