@@ -97,9 +97,9 @@ def test_nobody_asks_nothing_is_measured():
 
 
 def test_the_owner_wins_over_the_manifest():
-    own = as_wanted({"m": ModelConfig(batching=BatchingConfig(max_size=2, max_delay_us=7))})
+    own = as_wanted({"m": ModelConfig(batching=BatchingConfig(max_size=4, max_delay_us=7))})
     made = shelved(entry(RECORD, batching=None), own)
-    assert (made.size, made.delay_s) == (2, 7e-6)
+    assert (made.size, made.delay_s) == (4, 7e-6)
     assert shelved(entry(RECORD), as_wanted({"m": ModelConfig(), "other": ModelConfig(batching=False)})).size == 8
 
 
