@@ -20,8 +20,6 @@ from agent.selection.rules import candidate_of
 from agent.store.document import BlobRef
 from agent.store.store import Store
 
-#: A model that loads as fast as this has little to gain, and a device may have hundreds of those.
-WORTH_MS = 4.0
 _PIECE_BYTES = 1 << 20
 _LOG = logging.getLogger("edge_agent.operations")
 
@@ -38,14 +36,12 @@ class FormMaker:
         *,
         timeout_s: float = 120.0,
         seconds: float = SECONDS,
-        worth_ms: float = WORTH_MS,
     ) -> None:
         self._device = device
         self._store = store
         self._key = key
         self._timeout_s = timeout_s
         self._seconds = seconds
-        self._worth_ms = worth_ms
         self._around = around
 
     def __call__(self, manifest: Manifest, blobs: Mapping[str, BlobRef], choice: Choice, progress: Progress) -> Forms:
@@ -54,9 +50,6 @@ class FormMaker:
         if not variant_id or not (key := self._key(manifest.variant(variant_id), provider)):
             return Forms()
         candidate = str(choice.chosen)
-        load_ms = choice.measurements.get(candidate, {}).get("load_ms")
-        if isinstance(load_ms, (int, float)) and load_ms < self._worth_ms:
-            return Forms({candidate: {"key": key, "forms": [], "note": f"loads in {load_ms:.1f} ms as it is"}})
         progress({"stage": "prepare", "candidate": candidate})
         try:
             with prepared(
