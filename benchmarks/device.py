@@ -22,7 +22,6 @@ from agent.base.config import Config, Paths
 from agent.core.device import inventory_of, look_at_device
 from agent.core.trying import make_chooser, make_form_maker
 from agent.infer.engine import Engine, EngineLimits
-from agent.infer.runtimes.base import load_runtime
 from agent.infer.runtimes.probe import Runtimes, source_version
 from agent.infer.shelf import Shelf
 from agent.infer.tensors import InferRequest, InferResponse, Tensor
@@ -85,7 +84,7 @@ class Device:
 
     def engine(self, budget_mb: float, **limits: Any) -> Engine:
         """The engine with everything that was added. For the event loop's thread."""
-        engine = Engine(EngineLimits(budget_mb, workers=self.workers, **limits), load_runtime)
+        engine = Engine(EngineLimits(budget_mb, workers=self.workers, **limits), self._runtimes.load)
         engine.put(self.shelf())
         return engine
 

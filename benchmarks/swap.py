@@ -257,6 +257,7 @@ def measure_here(files: Mapping[str, str], rounds: int) -> dict[str, Any]:
             row["least_cold_ms"] = round(least_cold_ms(row, Path(folder), rounds), 3)
             row["cold_ratio"] = round(row["cold_ms"] / row["least_cold_ms"], 2)
             rows.append(row)
+            print(f"{row['name']}: {row['ratio']} x", file=sys.stderr, flush=True)
     return {"onnxruntime": onnxruntime.__version__, "python": sys.version.split()[0], "rows": rows}
 
 

@@ -54,7 +54,7 @@ class Opening:
         begun = time.monotonic()
         option, form = self.way.option, self.way.form
         try:
-            options = LoadOptions(option.provider, option.threads, option.parameters, form.route)
+            options = LoadOptions(option.provider, option.threads, option.parameters, form.route, form.digest)
             session = runtime.load(self.descriptor, options)
         except BaseException:
             self._drop()

@@ -19,6 +19,7 @@ from agent.base.errors import DamagedError, DeadlineError, PeerError, Unsupporte
 from agent.bundles.manifest import TensorSpec
 from agent.bundles.tflite_signature import read_signature
 from agent.infer.engine import Engine, EngineLimits
+from agent.infer.runtimes import tflite
 from agent.infer.runtimes.base import LoadOptions, load_runtime
 from agent.infer.runtimes.probe import Runtimes
 from agent.infer.shelf import Option, Served, Shelf
@@ -227,6 +228,7 @@ def test_after_a_failed_allocation_the_next_run_answers():
     code = """
 import resource, numpy as np
 from agent.base.errors import TryLaterError
+from agent.infer.runtimes import tflite
 from agent.infer.runtimes.base import LoadOptions, load_runtime
 from agent.store.memory import hold
 from tests import tflite_models as made
@@ -418,3 +420,23 @@ def test_nothing_is_imported_before_it_is_needed():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_what_was_found_sound_once_is_not_looked_through_again(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(
+        tflite, "read_signature", lambda *arguments: (looked_at.append(1), read_signature(*arguments))[1]
+    )
+    runtime = load_runtime("tflite")
+    sound, cut = made.linear(), made.linear()[:-40]
+
+    def load_it(data, identity):
+        with plaintext(data) as model:
+            runtime.load(model.fd, LoadOptions("cpu", identity=identity)).close()
+
+    for identity in ("one", "one", "two", "", ""):
+        load_it(sound, identity)
+    assert len(looked_at) == 4  # who does not say which bytes they are gets them looked through each time
+    for _ in range(2):  # and what is not sound stays so
+        with pytest.raises(DamagedError):
+            load_it(cut, "three")

@@ -36,12 +36,17 @@ PLAIN = Route()
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How to load: ONNX Runtime's provider name, or TFLite's (``cpu``); threads of one run; free options."""
+    """How to load: ONNX Runtime's provider name, or TFLite's (``cpu``); threads of one run; free options.
+
+    ``identity``: a digest that stands for the file's bytes, where they are known to be those and no others. What was
+    found sound once is not looked through again then.
+    """
 
     provider: str
     threads: int = 1
     parameters: Mapping[str, Any] = field(default_factory=dict)
     route: Route = PLAIN
+    identity: str = ""
 
 
 class Session(Protocol):
