@@ -23,6 +23,7 @@ from agent.base.memory import resident_mb
 from agent.infer import tiers
 from agent.infer.opening import Opening, Way
 from agent.infer.residency import Residency
+from agent.infer.returning import Returning
 from agent.infer.runtimes.base import Runtime, Session
 from agent.infer.shelf import SessionName
 from agent.infer.tiers import Action, Blob, Event
@@ -42,8 +43,7 @@ class EngineLimits:
     A load that takes longer than ``load_s`` is given up; the trial's own limit is far below it. ``keep_s``: how long
     what nobody uses stays in memory. ``pinned_share`` of the budget may be pinned. ``weigh_s``: how often the process
     is weighed after something changed, so that what sessions take beyond their measurements counts as well; 0: never.
-    ``give_back_s``: freed memory goes back to the system so long after a session was closed, and not more often: the
-    next session takes it over faster than fresh pages could be had.
+    ``give_back_s``: freed memory goes back to the system so long after the last session was closed (``returning``).
     """
 
     budget_mb: float
@@ -112,8 +112,7 @@ class Loader:
         self._scales = Scales()
         self._beyond = self._reserved = 0
         self._runtimes: dict[str, Runtime] = {}
-        self._given_back_at = 0.0
-        self._to_give_back: asyncio.TimerHandle | None = None
+        self._returning = Returning(lambda: limits().give_back_s, self._begin_giving_back)
         self._lost = 0  # loads that were given up: their threads may never end
         self.counts: Counter[str] = Counter()
 
@@ -214,9 +213,9 @@ class Loader:
         if self._tasks:
             await asyncio.wait(list(self._tasks), timeout=timeout_s)
         clean = not self._tasks and not self._lost
-        for handle in (self._timer, self._to_give_back):
-            if handle is not None:
-                handle.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._returning.cancel()
         self._closer.shutdown()
         for session in self._sessions.values():
             session.close()
@@ -353,7 +352,7 @@ class Loader:
         session = self._sessions.pop(name)
         await asyncio.get_running_loop().run_in_executor(self._closer, session.close)
         self._feed(tiers.Closed(name))
-        self._give_back_soon()
+        self._returning.freed()
         self._weigh_soon()
 
     async def _evict(self, blob: Blob) -> None:
@@ -379,20 +378,9 @@ class Loader:
 
     def give_back_now(self) -> None:
         """Much was freed that nobody will want soon."""
-        if self._to_give_back is not None:
-            self._to_give_back.cancel()
-            self._to_give_back = None
-        self._give_back_soon(now=True)
-
-    def _give_back_soon(self, *, now: bool = False) -> None:
-        if self._to_give_back is None:
-            every = self._limits().give_back_s
-            due = 0.0 if now else max(every, self._given_back_at + every - time.monotonic())
-            self._to_give_back = asyncio.get_running_loop().call_later(due, self._begin_giving_back)
+        self._returning.freed(much=True)
 
     def _begin_giving_back(self) -> None:
-        self._to_give_back = None
-        self._given_back_at = time.monotonic()
         self._closer.submit(self._return_memory)
 
     def _return_memory(self) -> None:
