@@ -92,8 +92,8 @@ class SelectionConfig(_Section):
     trial_memory_mb: Megabytes | Auto = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] | Auto = "auto"
     quarantine_after: Annotated[int, Field(ge=1, le=100)] = 3
-    #: Whether what was chosen is turned into the form that loads fastest: where that has something to gain, or not.
-    prepare: Literal["auto", "always", "never"] = "auto"
+    #: Whether what was chosen is also kept in the form that loads fastest here.
+    prepare: bool = True
 
     @model_validator(mode="after")
     def _consistent(self) -> SelectionConfig:

@@ -158,7 +158,7 @@ class Core:
         fence = Fence(device.facts.mem_limit_mb)
         self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._give_back)
         self._form_key: FormKey = no_forms
-        if config.selection.prepare != "never":
+        if config.selection.prepare:
             self._form_key = form_keys(device.facts, device.threads, lru_cache(source_version))
         self._show(self._store.document)
         serving = Serving(

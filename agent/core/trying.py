@@ -19,7 +19,7 @@ from agent.operations.choosing import TrialSettings, VariantChooser
 from agent.operations.forms import FormKey
 from agent.operations.gauging import BatchGauge
 from agent.operations.measured import DeviceView
-from agent.operations.preparing import WORTH_MS, FormMaker
+from agent.operations.preparing import FormMaker
 from agent.operations.shelving import OpenBlob
 from agent.store.store import Store
 
@@ -28,8 +28,7 @@ def make_form_maker(
     device: DeviceView, store: Store, key: FormKey, selection: SelectionConfig, go_on: Callable[[], None]
 ) -> FormMaker:
     """Prepares what was chosen, on this machine."""
-    worth_ms = 0.0 if selection.prepare == "always" else WORTH_MS
-    return FormMaker(device, store, key, _surroundings(go_on), timeout_s=selection.trial_timeout_s, worth_ms=worth_ms)
+    return FormMaker(device, store, key, _surroundings(go_on), timeout_s=selection.trial_timeout_s)
 
 
 def make_batch_gauge(

@@ -26,7 +26,7 @@ from tests.core.conftest import Agent
 from tests.core.test_daemon import X, bundle, linear_file
 
 #: So that each file of the store is one that was added.
-NO_FORMS = '[selection]\nprepare = "never"\n'
+NO_FORMS = "[selection]\nprepare = false\n"
 GOOD, HURT = onnx_models.linear(1), onnx_models.linear(2)
 
 
