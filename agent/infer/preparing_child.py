@@ -16,7 +16,7 @@ from agent.infer.runtimes.base import LoadOptions, Route, Runtime, Session
 from agent.infer.runtimes.failures import return_memory
 
 #: Steady runs in a round: at least, and for so long.
-_LEAST_RUNS, _RUNS_S = 3, 0.02
+_LEAST_RUNS, _RUNS_S = 3, 0.005
 #: Times are found when so many rounds did not better any of them by this.
 _LAST, _BETTER = 4, 1.03
 #: Answers to made-up inputs may differ by so much of their size: another order of additions, not another model.
