@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,16 @@ from agent import __version__
 from agent.base.errors import DeadlineError, TryLaterError
 from agent.base.memory import resident_mb
 from agent.infer.answering import Key, Resident, described, require_options, respond
+from agent.infer.attempts import Attempt
 from agent.infer.halting import Halt, LoopGuard
 from agent.infer.loading import EngineLimits, before
+from agent.infer.picking import pick
 from agent.infer.runners import Job, Runners
 from agent.infer.runtimes.base import Runtime
-from agent.infer.runtimes.failures import return_memory
+from agent.infer.runtimes.failures import DoubtfulError, ProviderLostError, return_memory
 from agent.infer.shelf import Option, Served, Shelf
 from agent.infer.standing import Standing
+from agent.infer.steering import Pressure
 from agent.infer.tensors import InferRequest, InferResponse, check_inputs
 from agent.infer.wishes import NO_WISHES, Wishes, wishes_of
 
@@ -59,10 +62,11 @@ class Engine:
         report_damage: Callable[[Key, Option, str], None] = lambda key, option, reason: None,
         fence: Callable[[], None] = lambda: None,
         give_back: Callable[[], None] = return_memory,
+        report_loss: Callable[[Option, str], None] = lambda option, reason: None,
     ) -> None:
         self._limits = limits
         self._fence = fence
-        self._standing = Standing(lambda: self._limits, load_runtime, report_damage, fence, give_back)
+        self._standing = Standing(lambda: self._limits, load_runtime, report_damage, fence, give_back, report_loss)
         self._loader = self._standing.loader
         self._waiting: dict[str, int] = {}
         self._runners = Runners(limits.workers)
@@ -125,9 +129,13 @@ class Engine:
 
     def loaded(self) -> list[dict[str, Any]]:
         """The sessions that answer now, for ``status``."""
-        return [
-            {**described(resident), "pinned": resident.key in self._standing.pins} for resident in self._standing.all()
-        ]
+        return [self._row(resident, stands=self._standing.stands(resident)) for resident in self._standing.all()]
+
+    def _row(self, resident: Resident, *, stands: bool) -> dict[str, Any]:
+        """One session; that which answers only requests that pick it is what was asked for."""
+        pinned = stands and resident.key in self._standing.pins
+        row = {**described(resident), "on_request": not stands, "pinned": pinned}
+        return row if stands else {**row, "degraded": False, "reason": ""}
 
     def memory(self) -> dict[str, Any]:
         """Budget, what is held of it, and counts of loads, for ``status``."""
@@ -166,6 +174,26 @@ class Engine:
         """The device is short of memory: give so much back, as far as it is idle."""
         self._loader.press(size_mb)
 
+    # -- what the governor and the watch over providers ask for -------------------------------------------------------
+
+    @property
+    def shelf(self) -> Shelf:
+        """What is installed."""
+        return self._standing.shelf
+
+    @property
+    def switches(self) -> int:
+        """How often another option took over from one that answered."""
+        return self._standing.switches
+
+    def steer(self, pressure: Pressure) -> None:
+        """Have cheaper options answer, or the chosen ones again: each takes over once it is loaded."""
+        self._standing.press(pressure)
+
+    async def regain(self, provider: str) -> str:
+        """A lost provider works again: its options take over. Why not, where one cannot be loaded."""
+        return await self._standing.regain(provider)
+
     async def close(self) -> bool:
         """Stop taking requests, end runs, wait for loads under way, end every session; whether all has ended."""
         self._closing = True
@@ -186,6 +214,8 @@ class Engine:
         """Answer at once where the session is hot and fast, else an awaitable. ``deadline`` in ``time.monotonic()``."""
         served = self._shelf.find(name, version)
         wishes = wishes_of(request.parameters) if request.parameters else NO_WISHES
+        if wishes.picks:
+            return self._answer(served, request, deadline, wishes, pick(served, wishes))
         resident = self._standing.now(served)
         if (
             resident is not None
@@ -197,6 +227,8 @@ class Engine:
                 return self._run_on_loop(resident, request)
             except DeadlineError:  # its time follows from its inputs' values: it runs in threads from now on
                 self._standing.keep_off_the_loop(resident)
+            except ProviderLostError as error:
+                self._standing.lose(resident.option, str(error))
         return self._answer(served, request, deadline, wishes)
 
     def _run_on_loop(self, resident: Resident, request: InferRequest) -> InferResponse:
@@ -212,7 +244,18 @@ class Engine:
             self._standing.retire(resident)
         return response
 
-    async def _answer(self, served: Served, request: InferRequest, deadline: float, wishes: Wishes) -> InferResponse:
+    async def _answer(
+        self,
+        served: Served,
+        request: InferRequest,
+        deadline: float,
+        wishes: Wishes,
+        wanted: Sequence[Option] | None = None,
+    ) -> InferResponse:
+        """One run in a thread, in its turn; of one of the options ``wanted``, else of whatever stands for the version.
+
+        Where a provider fails, another option runs it.
+        """
         require_options(served)
         check_inputs(served.inputs, request.inputs)  # a wrong request must not cost a load
         waiting = self._waiting.get(served.model, 0)
@@ -221,15 +264,21 @@ class Engine:
         self._waiting[served.model] = waiting + 1
         arrived = time.perf_counter()
         try:
-            resident = await self._standing.lease(served, deadline)
-            halt = Halt()
-            job = await self._start(resident, request, arrived, deadline, halt, wishes)
-            try:
-                return await before(deadline, asyncio.shield(job.future))
-            except (DeadlineError, asyncio.CancelledError):
-                halt.request()
-                self._runners.withdraw(job)
-                raise
+            attempt = Attempt(self._standing, served, wanted)
+            while True:
+                resident = await self._standing.lease(served, deadline, attempt.pick)
+                halt = Halt()
+                job = await self._start(resident, request, arrived, deadline, halt, wishes)
+                try:
+                    response = await before(deadline, asyncio.shield(job.future))
+                except (DeadlineError, asyncio.CancelledError):
+                    halt.request()
+                    self._runners.withdraw(job)
+                    raise
+                except (ProviderLostError, DoubtfulError) as error:
+                    attempt.failed(resident, error)
+                else:
+                    return attempt.answered(resident, response)
         finally:
             left = self._waiting[served.model] - 1
             if left:

@@ -79,6 +79,10 @@ class Option:
     shares: bool = False
     #: Prepared forms: the first answers first, the last in the long run. None: it is opened as it is.
     forms: tuple[Form, ...] = ()
+    #: The median run in ms, joules of a run, and the quality by which variants were compared, as far as they are known.
+    p50_ms: float | None = None
+    joules: float | None = None
+    quality: float | None = None
 
     def ways(self) -> tuple[Form, ...]:
         """Its forms; the file as it came where nothing was prepared."""
@@ -104,6 +108,8 @@ class Served:
     reason: str = ""
     labels: tuple[str, ...] = ()
     task: str = ""
+    #: Whether the governor may have another option answer.
+    governed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a request may ask for beside its answer: how long its model stays in memory. Pure."""
+"""What a request may ask for beside its answer: how long its model stays in memory, and which option answers. Pure."""
 
 from __future__ import annotations
 
@@ -13,23 +13,46 @@ from agent.infer.tiers import FOREVER
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """``keep_s``: seconds that the model may stay unused, None: as set for all. ``pin``: keep it whatever comes."""
+    """``keep_s``: seconds that the model may stay unused, None: as set for all. ``pin``: keep it whatever comes.
+
+    The others pick among the options of the version: a variant by its id, the longest p95, the least quality.
+    """
 
     keep_s: float | None = None
     pin: bool | None = None
+    variant: str | None = None
+    max_latency_ms: float | None = None
+    min_quality: float | None = None
+
+    @property
+    def picks(self) -> bool:
+        """Whether not just any option will do."""
+        return self.variant is not None or self.max_latency_ms is not None or self.min_quality is not None
 
 
 NO_WISHES = Wishes()
+_NAMES = ("keep_alive", "pin", "variant", "max_latency_ms", "min_quality")
 
 
 def wishes_of(parameters: Mapping[str, Any]) -> Wishes:
-    """A request's ``keep_alive`` (seconds, negative: for ever) and ``pin`` (boolean). PeerError names the field."""
-    keep, pin = parameters.get("keep_alive"), parameters.get("pin")
-    if keep is None and pin is None:
+    """A request's ``keep_alive`` (seconds, negative: for ever), ``pin`` (boolean), ``variant`` (text),
+    ``max_latency_ms`` and ``min_quality`` (numbers). PeerError names the field."""
+    keep, pin, variant, latency, quality = map(parameters.get, _NAMES)
+    if keep is None and pin is None and variant is None and latency is None and quality is None:
         return NO_WISHES
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, (int, float)) or math.isnan(keep)):
+    if keep is not None and not _is_number(keep):
         raise PeerError("parameters.keep_alive: must be a number of seconds, negative for ever")
     if pin is not None and not isinstance(pin, bool):
         raise PeerError("parameters.pin: must be true or false")
+    if variant is not None and not isinstance(variant, str):
+        raise PeerError("parameters.variant: must be the id of a variant")
+    if latency is not None and not (_is_number(latency) and latency > 0):
+        raise PeerError("parameters.max_latency_ms: must be a number of milliseconds above 0")
+    if quality is not None and not _is_number(quality):
+        raise PeerError("parameters.min_quality: must be a number")
     keep_s = None if keep is None else FOREVER if keep < 0 else float(min(keep, 1e9))
-    return Wishes(keep_s, pin)
+    return Wishes(keep_s, pin, variant, latency, quality)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

@@ -50,7 +50,7 @@ def _served(
     name: str, version: str, entry: VersionEntry, open_blob: OpenBlob, threads: int, form_key: FormKey
 ) -> Served:
     manifest = entry.manifest
-    options, missing = [], []
+    options, missing, qualities = [], [], _qualities(entry)
     for candidate in order_of(entry):
         variant_id, _, provider = candidate.partition("@")
         variant = manifest.variant(variant_id)
@@ -74,6 +74,9 @@ def _served(
             size=ref.size,
             load_s=_load_s(measured),
             shares=variant.runtime == "tflite",  # it maps the file and leaves the weights there
+            p50_ms=measured.get("p50_ms"),
+            joules=measured.get("joules"),
+            quality=qualities.get(candidate),
         )
         forms = shelved_forms(entry, candidate, option.plain(), form_key, open_blob)
         options.append(replace(option, forms=forms))
@@ -81,6 +84,18 @@ def _served(
     return Served(
         name, version, manifest.inputs, manifest.outputs, tuple(options), reason, manifest.labels, manifest.task
     )
+
+
+def _qualities(entry: VersionEntry) -> dict[str, float]:
+    """The qualities by which candidates were compared, as ``models explain`` shows them. Others cannot be compared."""
+    document: Any = (entry.choice or {}).get("explain")
+    rows = document.get("candidates", ()) if isinstance(document, dict) else ()
+    found = {}
+    for row in rows:
+        quality = (row.get("measured") or {}).get("quality")
+        if isinstance(quality, dict) and isinstance(quality.get("value"), (int, float)):
+            found[str(row.get("id"))] = float(quality["value"])
+    return found
 
 
 def _load_s(measured: dict[str, Any]) -> float:
