@@ -32,6 +32,7 @@ from agent.base.systemd import Handover, Notifier, adopt_sockets
 from agent.core import health, logs
 from agent.core.admin_api import AdminApi
 from agent.core.device import Device, inventory_of, look_at_device
+from agent.core.governing import Governing
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
 from agent.core.link_api import LinkApi, NoFleet
 from agent.core.memory import settle, trim
@@ -174,6 +175,7 @@ class Core:
         )
         self._maintenance = Maintenance(self._store, serving.show)
         self._upkeep = Upkeep(self._paths, lambda: self.config, self._operations, self._means, self._fleet_changed)
+        self._governing = Governing(lambda: self.config.governor, self._engine, _sensor_root(os.environ))
         if os.path.lexists(self._paths.trust_file):
             self._make_fleet()
 
@@ -209,6 +211,7 @@ class Core:
             findings=self._findings,
             diagnose=self._diagnose,
             figures=_figures,
+            governor=self._governing.record,
             statistics=self._statistics,
             unload_all=self._unload_all,
             restart=self.stop,
@@ -269,7 +272,7 @@ class Core:
             limits=limits,
             rules=self._rules,
             labels=self._engine.labels,
-            metrics=[self._socket_metrics],
+            metrics=[self._socket_metrics, self._governing.metrics],
         )
         self._infer = Server(RouteTable(inference.routes()), limits)
         api = AdminApi(
@@ -305,6 +308,7 @@ class Core:
         for problem in self._device.problems:
             _LOG.warning("profile ignored: %s", problem)
         self._upkeep.start()
+        self._governing.start()
         if self._fleet is not None:
             self._fleet.start()
         took = time.monotonic() - self._started
@@ -324,6 +328,8 @@ class Core:
         self._notifier.stopping("draining")
         if hasattr(self, "_upkeep"):
             self._upkeep.stop()
+        if hasattr(self, "_governing"):
+            self._governing.stop()
         if self._fleet is not None:
             self._fleet.stop()
         self._operations.stop()  # first, or the admin socket would drain for as long as a trial lasts
@@ -370,7 +376,9 @@ class Core:
         return self._infer.metrics()
 
     def _show(self, document: CatalogDocument) -> None:
-        self._engine.put(shelf_from(document, self._store.read, self._device.threads, self._form_key))
+        self._models_set = self.config.models
+        shelf = shelf_from(document, self._store.read, self._device.threads, self._form_key, self._models_set)
+        self._engine.put(shelf)
 
     def _load_now(self, model: str, version: str) -> None:
         self._operations.await_on_loop(self._engine.preload(model, version))
@@ -397,6 +405,9 @@ class Core:
         logs.set_up(config.log, journal="JOURNAL_STREAM" in os.environ)
         self._rules.replace(model_rules(config))
         self._upkeep.reload()
+        self._governing.reload()
+        if config.models != self._models_set:
+            self._show(self._store.document)
 
     def _ask(self, model: str, version: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """From the operations' thread: one run of what serves a model."""
@@ -432,7 +443,11 @@ class Core:
 
     def _findings(self) -> list[health.Finding]:
         """What is wrong, as far as it is quick to tell."""
-        found = [*health.check_device(self._device), *health.check_store(self._store)]
+        found = [
+            *health.check_device(self._device),
+            *health.check_store(self._store),
+            *self._governing.findings(),
+        ]
         return found if self._fleet is None else [*found, *self._fleet.findings()]
 
     def _status(self) -> dict[str, Any]:
@@ -453,6 +468,7 @@ class Core:
             "under_way": self._operations.under_way,
             "health": health.verdict(self._findings()),
             "throttled": read_sensors().throttled_now,
+            "governor": self._governing.status(),
             **self._upkeep.status(),
             **(self._fleet.status() if self._fleet is not None else {"fleet": None, "link": None}),
         }
@@ -467,6 +483,7 @@ class Core:
             health.check_confinement,
             lambda: health.check_swap(self._device.facts, locked=self._locked),
             lambda: health.check_clock(time.gmtime().tm_year),
+            self._governing.findings,
             lambda: self._fleet.findings() if self._fleet is not None else [],
         ]
         findings: list[health.Finding] = []
@@ -486,6 +503,12 @@ def _figures() -> dict[str, float]:
         "rss_mb": round(pages * os.sysconf("SC_PAGE_SIZE") / MIB, 1),
         "cpu_s": round(times.user + times.system, 2),
     }
+
+
+def _sensor_root(environ: Mapping[str, str]) -> Path | None:
+    """A recorded machine whose sensors stand in for the live one's, to replay what it went through."""
+    root = environ.get("EDGE_AGENT_SENSOR_ROOT")
+    return Path(root).absolute() if root else None
 
 
 def _make_private(paths: Paths) -> None:

@@ -6,11 +6,13 @@ next one answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from agent.base.config import ModelConfig
 from agent.infer.shelf import Option, Served, Shelf
 from agent.operations.forms import FormKey, no_forms, shelved_forms
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
@@ -24,15 +26,26 @@ UNMEASURED_FACTOR = 3.0
 UNMEASURED_MB = 8.0
 
 
-def shelf_from(document: CatalogDocument, open_blob: OpenBlob, threads: int, form_key: FormKey = no_forms) -> Shelf:
-    """Everything that is installed. ``threads``: of one run, where nothing was measured."""
+def shelf_from(
+    document: CatalogDocument,
+    open_blob: OpenBlob,
+    threads: int,
+    form_key: FormKey = no_forms,
+    settings: Mapping[str, ModelConfig] = MappingProxyType({}),
+) -> Shelf:
+    """Everything that is installed. ``threads``: of one run, where nothing was measured; ``settings`` by model."""
     versions = {
-        (name, version): _served(name, version, entry, open_blob, threads, form_key)
+        (name, version): _as_set(_served(name, version, entry, open_blob, threads, form_key), settings.get(name))
         for name, model in document.models.items()
         for version, entry in model.versions.items()
     }
     active = {name: model.active for name, model in document.models.items() if model.active is not None}
     return Shelf(versions, active)
+
+
+def _as_set(served: Served, settings: ModelConfig | None) -> Served:
+    """What the device's configuration says of the model."""
+    return served if settings is None else replace(served, governed=settings.governed)
 
 
 def order_of(entry: VersionEntry) -> list[str]:
