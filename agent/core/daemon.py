@@ -30,6 +30,7 @@ from agent.base.memory import Fence
 from agent.base.paths import Paths
 from agent.base.systemd import Handover, Notifier, adopt_sockets
 from agent.core import health, logs
+from agent.core.accelerators import Accelerators, probing
 from agent.core.admin_api import AdminApi
 from agent.core.device import Device, inventory_of, look_at_device
 from agent.core.governing import Governing
@@ -153,7 +154,10 @@ class Core:
             give_back_s=_GIVE_BACK_LOCKED_S if self._locked else _GIVE_BACK_S,
         )
         fence = Fence(device.facts.mem_limit_mb)
-        self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._give_back)
+        memory_mb, cpus = max(64, int(device.budget_mb)), device.cpus
+        self._accelerators = Accelerators(lambda: self._engine, probing(self._operations.run, memory_mb, cpus))
+        lose = self._accelerators.lose
+        self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._give_back, lose)
         self._form_key: FormKey = no_forms
         if config.selection.prepare != "never":
             self._form_key = form_keys(device.facts, device.threads, lru_cache(source_version))
@@ -329,6 +333,7 @@ class Core:
         if hasattr(self, "_upkeep"):
             self._upkeep.stop()
         if hasattr(self, "_governing"):
+            self._accelerators.stop()
             self._governing.stop()
         if self._fleet is not None:
             self._fleet.stop()
@@ -446,6 +451,7 @@ class Core:
         found = [
             *health.check_device(self._device),
             *health.check_store(self._store),
+            *self._accelerators.findings(),
             *self._governing.findings(),
         ]
         return found if self._fleet is None else [*found, *self._fleet.findings()]
@@ -463,12 +469,14 @@ class Core:
             "generation": self._store.document.generation,
             "models": self._engine.index(),
             "loaded": self._engine.loaded(),
+            "cascades": self._engine.cascades(),
             "memory": self._engine.memory(),
             "process": _figures(),
             "under_way": self._operations.under_way,
             "health": health.verdict(self._findings()),
             "throttled": read_sensors().throttled_now,
             "governor": self._governing.status(),
+            "lost": self._accelerators.status(),
             **self._upkeep.status(),
             **(self._fleet.status() if self._fleet is not None else {"fleet": None, "link": None}),
         }
@@ -483,6 +491,7 @@ class Core:
             health.check_confinement,
             lambda: health.check_swap(self._device.facts, locked=self._locked),
             lambda: health.check_clock(time.gmtime().tm_year),
+            self._accelerators.findings,
             self._governing.findings,
             lambda: self._fleet.findings() if self._fleet is not None else [],
         ]

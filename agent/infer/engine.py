@@ -22,6 +22,7 @@ from agent.base.errors import DeadlineError, TryLaterError
 from agent.base.memory import resident_mb
 from agent.infer.answering import Key, Resident, described, require_options, respond
 from agent.infer.attempts import Attempt
+from agent.infer.cascading import Cascading
 from agent.infer.halting import Halt, LoopGuard
 from agent.infer.loading import EngineLimits, before
 from agent.infer.picking import pick
@@ -72,6 +73,7 @@ class Engine:
         self._runners = Runners(limits.workers)
         self._halts: set[Halt] = set()
         self._guard = LoopGuard()
+        self._cascading = Cascading(self._answer, self._standing.hurried)
         self._closing = False
 
     # -- what there is ------------------------------------------------------------------------------------------------
@@ -136,6 +138,17 @@ class Engine:
         pinned = stands and resident.key in self._standing.pins
         row = {**described(resident), "on_request": not stands, "pinned": pinned}
         return row if stands else {**row, "degraded": False, "reason": ""}
+
+    def cascades(self) -> list[dict[str, Any]]:
+        """The active versions that answer by a cascade, or were to, for ``status``."""
+        shelf = self._shelf
+        versions = (shelf.versions[key] for key in sorted(shelf.active.items()) if key in shelf.versions)
+        return [
+            {"model": served.model, "version": served.version, "in_force": found is not None, "why": served.no_cascade}
+            | ({"first": found.first, "then": found.then, "threshold": found.threshold} if found else {})
+            for served in versions
+            if (found := served.cascade) is not None or served.no_cascade
+        ]
 
     def memory(self) -> dict[str, Any]:
         """Budget, what is held of it, and counts of loads, for ``status``."""
@@ -216,6 +229,8 @@ class Engine:
         wishes = wishes_of(request.parameters) if request.parameters else NO_WISHES
         if wishes.picks:
             return self._answer(served, request, deadline, wishes, pick(served, wishes))
+        if served.cascade is not None:
+            return self._cascading.answer(served, served.cascade, request, deadline, wishes)
         resident = self._standing.now(served)
         if (
             resident is not None

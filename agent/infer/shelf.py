@@ -14,6 +14,7 @@ from agent.infer.runtimes.base import PLAIN, Route
 
 if TYPE_CHECKING:
     from agent.bundles.manifest import TensorSpec
+    from agent.infer.cascade import Cascade
     from agent.infer.trial import OpenModel
 
 
@@ -110,6 +111,9 @@ class Served:
     task: str = ""
     #: Whether the governor may have another option answer.
     governed: bool = True
+    #: Two options that answer together; and why those that were asked for do not.
+    cascade: Cascade | None = None
+    no_cascade: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -289,6 +289,10 @@ class Standing:
             reasons = [f"{option.provider} did not take the model"]
         return "; ".join(reasons)
 
+    def hurried(self, served: Served) -> str:
+        """Why that version shall not do more than it must; empty where it may."""
+        return self.steering.pressure.reason if self.steering.pressed(served) else ""
+
     def _passed_over(self, served: Served, options: Sequence[Option], option: Option) -> Iterator[str]:
         if options and option.candidate != options[0].candidate and self.steering.pressed(served):
             yield self.steering.pressure.reason

@@ -10,9 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from agent.base.config import ModelConfig
+from agent.base.config import CascadeConfig, ModelConfig
+from agent.bundles.manifest import Cascade, Manifest, cascade_problem
+from agent.infer import cascade as stages
+from agent.infer.cascade import splits
 from agent.infer.shelf import Option, Served, Shelf
 from agent.operations.forms import FormKey, no_forms, shelved_forms
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
@@ -35,7 +38,9 @@ def shelf_from(
 ) -> Shelf:
     """Everything that is installed. ``threads``: of one run, where nothing was measured; ``settings`` by model."""
     versions = {
-        (name, version): _as_set(_served(name, version, entry, open_blob, threads, form_key), settings.get(name))
+        (name, version): _as_set(
+            _served(name, version, entry, open_blob, threads, form_key), entry.manifest, settings.get(name)
+        )
         for name, model in document.models.items()
         for version, entry in model.versions.items()
     }
@@ -43,9 +48,24 @@ def shelf_from(
     return Shelf(versions, active)
 
 
-def _as_set(served: Served, settings: ModelConfig | None) -> Served:
-    """What the device's configuration says of the model."""
-    return served if settings is None else replace(served, governed=settings.governed)
+def _as_set(served: Served, manifest: Manifest, settings: ModelConfig | None) -> Served:
+    """What the manifest, and over it the device's configuration, say of how the options answer."""
+    said: Cascade | CascadeConfig | Literal[False] | None = manifest.policy.cascade
+    if settings is not None:
+        served = replace(served, governed=settings.governed)
+        said = settings.cascade if settings.cascade is not None else said
+    if not said:
+        return served
+    problem = cascade_problem(manifest, said)
+    have = {option.variant for option in served.options}
+    lacking = [name for name in (said.first, said.then) if name not in have]
+    if not problem and lacking:
+        problem = f"variant {lacking[0]} does not answer on this device"
+    if problem:
+        return replace(served, no_cascade=problem)
+    output = said.output or manifest.outputs[0].name
+    by_row = splits(served.inputs, served.outputs)
+    return replace(served, cascade=stages.Cascade(said.first, said.then, said.threshold, output, said.measure, by_row))
 
 
 def order_of(entry: VersionEntry) -> list[str]:

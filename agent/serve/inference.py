@@ -255,6 +255,11 @@ class Inference:
             _nanoseconds(said.get("compute_us")),
             cached=said.get("cache") == "hit",
         )
+        if "cascade" in said:
+            rows, escalated = said["cascade_rows"], said["cascade_escalated"]
+            self._statistics.cascaded(
+                response.model_name, response.model_version, rows, escalated, said["cascade_saved_us"] * 1000
+            )
         return answer
 
     def _failed(self, error: AgentError, request: Request, started: int) -> Response:
