@@ -1,7 +1,7 @@
 """The governor at work: looks at the sensors every few seconds, has idle memory given back, steers the engine.
 
 Looks are made in a thread: a sensor behind a slow bus must not hold up requests. Where nothing is loaded there is
-nothing to step down, and a look is rare.
+nothing to step down, and nobody looks: what looks and decides is made with the first look.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agent.base.config import GovernorConfig
 from agent.base.errors import AgentError
 from agent.core.health import Finding
-from agent.hardware.pressure import Strain, StrainGauge
-from agent.infer.governor import CAUSES, Cause, Governor, Pace
 from agent.infer.shelf import Shelf
 from agent.infer.steering import CALM, Pressure, steps
-from agent.infer.strain import Thresholds, judge, missing_mb
+
+if TYPE_CHECKING:
+    from agent.hardware.pressure import Strain, StrainGauge
+    from agent.infer.governor import Cause, Governor
+    from agent.infer.strain import Thresholds
 
 _LOG = logging.getLogger("edge_agent.governor")
-#: While nothing is loaded a look is so many times rarer.
-_IDLE = 6
+_CAUSES = ("memory", "heat", "power")
 #: Every so many looks, options that found no room are tried again.
 _AGAIN = 12
 #: The least that is asked back at once.
@@ -53,9 +54,9 @@ class Governing:
         self._engine = engine
         self._root = root
         self._settings = config()
-        self._governor = Governor(_pace(self._settings))
-        self._gauge = self._make_gauge()
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="governor")
+        self._governor: Governor | None = None
+        self._gauge: StrainGauge | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="governor")  # its thread comes with the first look
         self._task: asyncio.Task[None] | None = None
         self._last: Strain | None = None
         self._problem = ""
@@ -84,24 +85,35 @@ class Governing:
             self._task.cancel()
             self._task = None
         self._settings = settings
-        self._gauge, self._last = self._make_gauge(), None
-        self._governor.pace = _pace(settings)
+        self._gauge = self._last = None
+        if self._governor is not None:
+            from agent.infer.governor import Pace  # noqa: PLC0415 - loaded with the first look
+
+            self._governor.pace = Pace(settings.step_down_s, settings.step_up_s)
         if not settings.enabled:
-            self._governor = Governor(_pace(settings))
+            self._governor = None
             self._engine.steer(CALM)
         self.start()
 
-    def _make_gauge(self) -> StrainGauge:
-        root = self._root or (Path(self._settings.root) if self._settings.root else None)
-        return StrainGauge(root)
-
     async def _run(self) -> None:
         while True:
-            await self._look()
-            busy = self._engine.memory()["hot"] or self._governor.pressure is not CALM
-            await asyncio.sleep(self._settings.interval_s * (1 if busy else _IDLE))
+            if self._stepped_down or self._engine.memory()["held_mb"]:
+                await self._look()
+            await asyncio.sleep(self._settings.interval_s)
+
+    @property
+    def _stepped_down(self) -> bool:
+        return self._governor is not None and self._governor.pressure is not CALM
 
     async def _look(self) -> None:
+        from agent.hardware.pressure import Strain, StrainGauge  # noqa: PLC0415 - an idle device does not pay for it
+        from agent.infer.governor import Governor, Pace  # noqa: PLC0415 - as above
+
+        settings = self._settings
+        if self._gauge is None:
+            self._gauge = StrainGauge(self._root or (Path(settings.root) if settings.root else None))
+        if self._governor is None:
+            self._governor = Governor(Pace(settings.step_down_s, settings.step_up_s))
         loop = asyncio.get_running_loop()
         try:
             strain = await loop.run_in_executor(self._reader, self._gauge, time.monotonic())
@@ -111,10 +123,12 @@ class Governing:
             self._problem, strain = str(error), Strain()
         else:
             self._problem = ""
-        self._take(strain, time.monotonic())
+        self._take(self._governor, strain, time.monotonic())
 
-    def _take(self, strain: Strain, now: float) -> None:
+    def _take(self, governor: Governor, strain: Strain, now: float) -> None:
         """Act on one look."""
+        from agent.infer.strain import judge, missing_mb  # noqa: PLC0415 - as above
+
         at = _thresholds(self._settings)
         readings = judge(strain, self._last, at)
         self._last = strain
@@ -123,12 +137,12 @@ class Governing:
             held = float(self._engine.memory()["held_mb"])
             self._engine.press(held if everything else max(_LEAST_MB, missing_mb(strain, at), held / 8))
         self._looks += 1
-        if self._governor.sample(readings, self._depths(), now):
-            pressure = self._governor.pressure
+        if governor.sample(readings, self._depths(), now):
+            pressure = governor.pressure
             _LOG.warning("%s", pressure.reason or "governor: the chosen variants answer again")
             self._engine.steer(pressure)
         elif self._looks % _AGAIN == 0:
-            self._engine.steer(self._governor.pressure)
+            self._engine.steer(governor.pressure)
 
     def _depths(self) -> dict[Cause, int]:
         """How many steps any active version has."""
@@ -147,7 +161,7 @@ class Governing:
         """A warning while anything is stepped down; its text is the same until a level changes."""
         if self._problem:
             return [Finding("governor", "warning", self._problem, "correct root in [governor]")]
-        reasons = self._governor.reasons()
+        reasons = self._governor.reasons() if self._governor is not None else []
         if not reasons:
             return []
         mend = "cool the device, check its power supply, or give it less to do"
@@ -157,47 +171,52 @@ class Governing:
         """For ``status``: levels with cause and since when, and the last look."""
         now = time.monotonic()
         levels = {
-            cause: {
-                "level": level.steps,
-                "of": self._deepest.get(cause, 0),
-                "why": level.why,
-                "for_s": round(now - level.since, 1) if level.steps else None,
-            }
-            for cause, level in self._governor.levels.items()
+            cause: {"level": steps_down, "of": self._of(cause), "why": why, "for_s": since}
+            for cause, steps_down, why, since in self._levels(now)
         }
         return {
             "enabled": self._settings.enabled,
             "levels": levels,
-            "changes": self._governor.changes,
+            "changes": self._governor.changes if self._governor is not None else 0,
             "switches": self._engine.switches,
             "sensors": asdict(self._last) if self._last is not None else None,
         }
 
+    def _of(self, cause: str) -> int:
+        return next((depth for name, depth in self._deepest.items() if name == cause), 0)
+
     def record(self) -> dict[str, Any]:
         """For telemetry: how far down, and why."""
-        levels = self._governor.levels
+        levels = self._levels(time.monotonic())
         return {
-            "governor": {cause: levels[cause].steps for cause in CAUSES},
-            "governor_why": "; ".join(self._governor.reasons()),
+            "governor": {cause: steps_down for cause, steps_down, _, _ in levels},
+            "governor_why": "; ".join(why for _, steps_down, why, _ in levels if steps_down),
         }
 
     def metrics(self) -> list[str]:
         """Prometheus text."""
         lines = ["# TYPE edge_agent_governor_level gauge"]
         lines += [
-            f'edge_agent_governor_level{{cause="{cause}"}} {level.steps}'
-            for cause, level in self._governor.levels.items()
+            f'edge_agent_governor_level{{cause="{cause}"}} {steps_down}'
+            for cause, steps_down, _, _ in self._levels(time.monotonic())
         ]
         lines.append("# TYPE edge_agent_variant_switches_total counter")
         lines.append(f"edge_agent_variant_switches_total {self._engine.switches}")
         return lines
 
-
-def _pace(config: GovernorConfig) -> Pace:
-    return Pace(config.step_down_s, config.step_up_s)
+    def _levels(self, now: float) -> list[tuple[str, int, str, float | None]]:
+        """Cause, steps down, why, since how many seconds."""
+        if self._governor is None:
+            return [(cause, 0, "", None) for cause in _CAUSES]
+        return [
+            (cause, level.steps, level.why, round(now - level.since, 1) if level.steps else None)
+            for cause, level in self._governor.levels.items()
+        ]
 
 
 def _thresholds(config: GovernorConfig) -> Thresholds:
+    from agent.infer.strain import Thresholds  # noqa: PLC0415 - as above
+
     return Thresholds(
         config.memory_some,
         config.memory_full,
