@@ -34,6 +34,7 @@ Interval = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
 Hours = Annotated[float, Field(ge=0, le=8_760, allow_inf_nan=False)]
 FilePath = Annotated[str, StringConstraints(max_length=4096, pattern=r"^(/[^\x00]*)?$")]
 Megabytes = Annotated[int, Field(ge=1, le=1 << 24)]
+Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=65_536)]
 #: pydantic's patterns are Rust's: "$" is the very end of the text, a newline before it does not match.
 #: useradd(8) allows 32 characters; names of a directory service may have dots, '@' and capitals.
@@ -229,11 +230,45 @@ class BatchingConfig(_Section):
     max_delay_us: Annotated[int, Field(ge=0, le=1_000_000)] = 0
 
 
+class GovernorConfig(_Section):
+    """Stepping down to cheaper variants under memory pressure, heat and power caps, and back.
+
+    ``memory_some``, ``memory_full``: percent of the time that somebody, or everybody, waits for memory.
+    It presses when ``available_share`` of the memory is left, ``heat_margin_c`` degrees to a trip point, ``cap_share``
+    of the clock.
+    ``root``: a folder with the files of a recorded machine, or of several in turn, in place of the live one's sensors.
+    """
+
+    enabled: bool = True
+    interval_s: Annotated[float, Field(ge=0.05, le=3600, allow_inf_nan=False)] = 5.0
+    step_down_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 10.0
+    step_up_s: Annotated[float, Field(ge=0.05, le=86_400, allow_inf_nan=False)] = 60.0
+    memory_some: Percent = 20.0
+    memory_full: Percent = 10.0
+    available_share: Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)] = 0.05
+    heat_margin_c: Annotated[float, Field(ge=0, le=50, allow_inf_nan=False)] = 3.0
+    heat_hysteresis_c: Annotated[float, Field(ge=0.5, le=50, allow_inf_nan=False)] = 5.0
+    cap_share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.9
+    root: FilePath = ""
+
+
+class CascadeConfig(_Section):
+    """As ``policy.cascade`` of a manifest: the variant that answers first, and the one that is asked when unsure."""
+
+    first: ModelName
+    then: ModelName
+    threshold: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    output: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    measure: Literal["max_softmax", "margin", "entropy"] = "max_softmax"
+
+
 class ModelConfig(_Section):
     """What the device's owner wants of one model; it wins over the model's manifest. None: as the manifest has it."""
 
+    governed: bool = True
     cache: CacheConfig | Literal[False] | None = None
     batching: BatchingConfig | Literal[False] | None = None
+    cascade: CascadeConfig | Literal[False] | None = None
 
 
 class Config(_Section):
@@ -251,6 +286,7 @@ class Config(_Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     maintenance: MaintenanceConfig = MaintenanceConfig()
     clock: ClockConfig = ClockConfig()
+    governor: GovernorConfig = GovernorConfig()
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
 
 

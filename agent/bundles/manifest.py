@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import (
     AfterValidator,
@@ -183,13 +183,26 @@ class Golden(_Part):
     threshold: Finite
 
 
+class Cascade(_Part):
+    """Two variants that answer together: ``first``, and where its confidence is below ``threshold``, ``then``.
+
+    ``output`` (the first one where none is named) holds a score for each class along its last axis.
+    """
+
+    first: Name
+    then: Name
+    threshold: Annotated[Finite, Field(ge=0, le=1)]
+    output: ShortText | None = None
+    measure: Literal["max_softmax", "margin", "entropy"] = "max_softmax"
+
+
 class Policy(_Part):
     """What the choice prefers among the variants that answer rightly on this device."""
 
     prefer: Literal["latency", "accuracy", "energy", "memory"] = "latency"
     min_quality: Finite | None = None
     max_latency_ms: Annotated[Finite, Field(gt=0)] | None = None
-    cascade: FreeValues | None = None
+    cascade: Cascade | None = None
 
 
 class CachePolicy(_Part):
@@ -238,6 +251,8 @@ class Manifest(_Part):
                 raise ValueError(
                     f"variants: {variant.id} is derived from {variant.derived_from}, which is not another variant"
                 )
+        if self.policy.cascade is not None and (problem := cascade_problem(self, self.policy.cascade)):
+            raise ValueError(f"policy.cascade: {problem}")
         refs = self.files()
         names = {ref.name for ref in refs}
         if len(names) != len(refs):
@@ -261,6 +276,33 @@ class Manifest(_Part):
             if variant.id == variant_id:
                 return variant
         raise KeyError(variant_id)
+
+
+class CascadeWords(Protocol):
+    """What a manifest and a configuration both say of a cascade."""
+
+    @property
+    def first(self) -> str: ...
+    @property
+    def then(self) -> str: ...
+    @property
+    def output(self) -> str | None: ...
+
+
+def cascade_problem(manifest: Manifest, cascade: CascadeWords) -> str:
+    """Why that cascade cannot be one of this model; empty where it can."""
+    ids = [variant.id for variant in manifest.variants]
+    for name in (cascade.first, cascade.then):
+        if name not in ids:
+            return f"there is no variant {name}"
+    if cascade.first == cascade.then:
+        return "first and then are the same variant"
+    named = [spec for spec in manifest.outputs if cascade.output in (None, spec.name)]
+    if not named:
+        return f"there is no output {cascade.output}"
+    if named[0].datatype not in ("FP16", "FP32", "FP64"):
+        return f"output {named[0].name} is {named[0].datatype}, scores are floating-point numbers"
+    return ""
 
 
 def _refuse_repeats(what: str, names: list[str]) -> None:

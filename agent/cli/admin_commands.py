@@ -146,6 +146,8 @@ def _status(arguments: argparse.Namespace, paths: Paths) -> int:
     print(f"store      generation {result['generation']}, key from {result['key_source']}")
     if doing := result["under_way"]:
         print(f"under way  {doing['operation']} for {doing['seconds']:.0f} s")
+    if why := "; ".join(level["why"] for level in result["governor"]["levels"].values() if level["level"]):
+        print(f"governor   stepped down: {why}")
     _print_fleet(result)
     rows = [(row["name"], row["version"], row["state"], row["reason"]) for row in result["models"]]
     if rows:

@@ -101,7 +101,7 @@ def _runtimes() -> dict[str, Any]:
 
 
 def _show(arguments: argparse.Namespace, paths: Paths) -> int:
-    document = load_config(paths).model_dump(mode="json")
+    document = load_config(paths).model_dump(mode="json", exclude_none=True)
     if arguments.json:
         print_json({"file": str(paths.config), "found": paths.config.exists(), "config": document})
         return 0
@@ -110,7 +110,7 @@ def _show(arguments: argparse.Namespace, paths: Paths) -> int:
     for section, values in document.items():
         print(f"\n[{section}]")
         for key, value in values.items():
-            print(f"{key} = {_toml(value)}")
+            print(f"{key if key.isidentifier() else json.dumps(key)} = {_toml(value)}")
     return 0
 
 

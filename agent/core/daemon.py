@@ -31,9 +31,11 @@ from agent.base.paths import Paths
 from agent.base.systemd import Handover, Notifier, adopt_sockets
 from agent.bundles.manifest import BatchingPolicy, Manifest
 from agent.core import health, logs
+from agent.core.accelerators import Accelerators, probing
 from agent.core.admin_api import AdminApi
 from agent.core.cache_api import CacheApi
 from agent.core.device import Device, inventory_of, look_at_device
+from agent.core.governing import Governing
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
 from agent.core.link_api import LinkApi, NoFleet
 from agent.core.memory import settle, trim
@@ -45,7 +47,7 @@ from agent.hardware.sensors import read_sensors
 from agent.infer.engine import Engine, EngineLimits, Key
 from agent.infer.runtimes.failures import return_memory
 from agent.infer.runtimes.probe import Runtimes, source_version
-from agent.infer.shelf import Option, Shelf
+from agent.infer.shelf import Option
 from agent.infer.tensors import InferRequest, InferResponse, Tensor
 from agent.infer.wishes import Wishes
 from agent.operations.batching import as_wanted, gains_hold
@@ -156,7 +158,10 @@ class Core:
             give_back_s=_GIVE_BACK_LOCKED_S if self._locked else _GIVE_BACK_S,
         )
         fence = Fence(device.facts.mem_limit_mb)
-        self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._give_back)
+        memory_mb, cpus = max(64, int(device.budget_mb)), device.cpus
+        self._accelerators = Accelerators(lambda: self._engine, probing(self._operations.run, memory_mb, cpus))
+        lose = self._accelerators.lose
+        self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._give_back, lose)
         self._form_key: FormKey = no_forms
         if config.selection.prepare:
             self._form_key = form_keys(device.facts, device.threads, lru_cache(source_version))
@@ -183,6 +188,7 @@ class Core:
         )
         self._maintenance = Maintenance(self._store, serving.show)
         self._upkeep = Upkeep(self._paths, lambda: self.config, self._operations, self._means, self._fleet_changed)
+        self._governing = Governing(lambda: self.config.governor, self._engine, _sensor_root(os.environ))
         if os.path.lexists(self._paths.trust_file):
             self._make_fleet()
 
@@ -218,6 +224,7 @@ class Core:
             findings=self._findings,
             diagnose=self._diagnose,
             figures=_figures,
+            governor=self._governing.record,
             statistics=self._statistics,
             unload_all=self._unload_all,
             restart=self.stop,
@@ -295,7 +302,7 @@ class Core:
             limits=limits,
             rules=self._rules,
             labels=self._engine.labels,
-            metrics=[self._socket_metrics],
+            metrics=[self._socket_metrics, self._governing.metrics],
             caches=self._engine.caches,
         )
         self._infer = Server(RouteTable(inference.routes()), limits)
@@ -336,6 +343,7 @@ class Core:
         for problem in self._device.problems:
             _LOG.warning("profile ignored: %s", problem)
         self._upkeep.start()
+        self._governing.start()
         if self._fleet is not None:
             self._fleet.start()
         took = time.monotonic() - self._started
@@ -355,6 +363,9 @@ class Core:
         self._notifier.stopping("draining")
         if hasattr(self, "_upkeep"):
             self._upkeep.stop()
+        if hasattr(self, "_governing"):
+            self._accelerators.stop()
+            self._governing.stop()
         if self._fleet is not None:
             self._fleet.stop()
         self._operations.stop()  # first, or the admin socket would drain for as long as a trial lasts
@@ -401,10 +412,11 @@ class Core:
         return self._infer.metrics()
 
     def _show(self, document: CatalogDocument) -> None:
-        self._engine.put(self._shelf(document, self.config))
+        self._put(document, self.config)
 
-    def _shelf(self, document: CatalogDocument, config: Config) -> Shelf:
-        return shelf_from(document, self._store.read, self._device.threads, self._form_key, config.models)
+    def _put(self, document: CatalogDocument, config: Config) -> None:
+        self._models_set = config.models
+        self._engine.put(shelf_from(document, self._store.read, self._device.threads, self._form_key, self._models_set))
 
     def _load_now(self, model: str, version: str) -> None:
         self._operations.await_on_loop(self._engine.preload(model, version))
@@ -433,8 +445,10 @@ class Core:
         side reads its own."""
         logs.set_up(config.log, journal="JOURNAL_STREAM" in os.environ)
         self._rules.replace(model_rules(config))
-        self._engine.put(self._shelf(self._store.document, config))
         self._upkeep.reload()
+        self._governing.reload()
+        if config.models != self._models_set:
+            self._put(self._store.document, config)
 
     def _ask(self, model: str, version: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """From the operations' thread: one run of what serves a model."""
@@ -471,7 +485,12 @@ class Core:
 
     def _findings(self) -> list[health.Finding]:
         """What is wrong, as far as it is quick to tell."""
-        found = [*health.check_device(self._device), *health.check_store(self._store)]
+        found = [
+            *health.check_device(self._device),
+            *health.check_store(self._store),
+            *self._accelerators.findings(),
+            *self._governing.findings(),
+        ]
         return found if self._fleet is None else [*found, *self._fleet.findings()]
 
     def _status(self) -> dict[str, Any]:
@@ -487,12 +506,15 @@ class Core:
             "generation": self._store.document.generation,
             "models": self._engine.index(),
             "loaded": self._engine.loaded(),
+            "cascades": self._engine.cascades(),
             "memory": self._engine.memory(),
             "caches": self._engine.caches(),
             "process": _figures(),
             "under_way": self._operations.under_way,
             "health": health.verdict(self._findings()),
             "throttled": read_sensors().throttled_now,
+            "governor": self._governing.status(),
+            "lost": self._accelerators.status(),
             **self._upkeep.status(),
             **(self._fleet.status() if self._fleet is not None else {"fleet": None, "link": None}),
         }
@@ -507,6 +529,8 @@ class Core:
             health.check_confinement,
             lambda: health.check_swap(self._device.facts, locked=self._locked),
             lambda: health.check_clock(time.gmtime().tm_year),
+            self._accelerators.findings,
+            self._governing.findings,
             lambda: self._fleet.findings() if self._fleet is not None else [],
         ]
         findings: list[health.Finding] = []
@@ -526,6 +550,12 @@ def _figures() -> dict[str, float]:
         "rss_mb": round(pages * os.sysconf("SC_PAGE_SIZE") / MIB, 1),
         "cpu_s": round(times.user + times.system, 2),
     }
+
+
+def _sensor_root(environ: Mapping[str, str]) -> Path | None:
+    """A recorded machine whose sensors stand in for the live one's, to replay what it went through."""
+    root = environ.get("EDGE_AGENT_SENSOR_ROOT")
+    return Path(root).absolute() if root else None
 
 
 def _make_private(paths: Paths) -> None:

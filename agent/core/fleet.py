@@ -192,8 +192,8 @@ class Fleet:
         return {
             "status": within.figures,
             "models": lambda: models_record(within.statistics()),
-            "heat": lambda: heat_record(read_sensors()),
-            "memory": lambda: memory_record(read_sensors(), within.figures()),
+            "heat": lambda: {**heat_record(read_sensors()), **within.governor()},
+            "memory": lambda: {**memory_record(read_sensors(), within.figures()), **within.governor()},
             "energy": lambda: energy_record(read_sensors()),
             "health": lambda: {"verdict": health.verdict(within.findings())},
         }

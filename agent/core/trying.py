@@ -7,21 +7,27 @@ core imports it when the first thing is to be tried.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from agent.base.clock import SystemClock
 from agent.base.config import SelectionConfig
 from agent.hardware.energy import EnergyMeter
 from agent.hardware.sensors import read_sensors
+from agent.infer.children import ChildError, ChildLimits, ChildProcess
+from agent.infer.runtimes.failures import is_device_failure
+from agent.infer.shelf import Option
 from agent.infer.trial import Surroundings
 from agent.operations.batching import Wish
-from agent.operations.choosing import TrialSettings, VariantChooser
+from agent.operations.choosing import DEVICES, TrialSettings, VariantChooser
 from agent.operations.forms import FormKey
 from agent.operations.gauging import BatchGauge
 from agent.operations.measured import DeviceView
 from agent.operations.preparing import FormMaker
 from agent.operations.shelving import OpenBlob
 from agent.store.store import Store
+
+#: One step of the child that tries a lost provider.
+_PROBE_S = 120.0
 
 
 def make_form_maker(
@@ -36,6 +42,35 @@ def make_batch_gauge(
 ) -> BatchGauge:
     """Says what joining requests gains, on this machine."""
     return BatchGauge(device, open_blob, wish, _surroundings(go_on), timeout_s=selection.trial_timeout_s)
+
+
+def try_once(option: Option, memory_mb: int, cpus: Sequence[int], go_on: Callable[[], None]) -> str:
+    """Load the option in a child and run it once: why that did not work, empty when it did. AgentError."""
+    go_on()
+    devices = DEVICES.get(option.provider, ())
+    with option.open_model() as model:
+        files = {"model": model.fd, "golden": None}
+        try:
+            with ChildProcess(files, ChildLimits(memory_mb), cpus=cpus, devices=devices, go_on=go_on) as child:
+                child.greet()
+                child.call("prepare", _PROBE_S, runtime=option.runtime)
+                answer = child.call(
+                    "load",
+                    _PROBE_S,
+                    runtime=option.runtime,
+                    provider=option.provider,
+                    threads=option.threads,
+                    parameters=dict(option.parameters),
+                    shapes={},
+                )
+                if (taken := answer.get("provider")) != option.provider:
+                    return f"the runtime took {taken}"
+                note = str(child.call("check", _PROBE_S, metric=None).get("note") or "")
+                if is_device_failure(note):
+                    return note
+        except ChildError as error:
+            return str(error)
+    return ""
 
 
 def make_chooser(

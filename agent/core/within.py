@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Within:
     """``hold`` puts a configuration into force, on the event loop's thread; ``findings`` are those that core makes.
 
-    ``figures`` are of this process, ``statistics`` the document of inference, ``diagnose`` all checks and slow.
+    ``figures`` are of this process, ``governor`` its levels, ``statistics`` the document of inference; ``diagnose`` all
+    checks and slow.
     """
 
     operations: Operations
@@ -35,6 +36,7 @@ class Within:
     findings: Callable[[], list[Finding]]
     diagnose: Callable[[], list[dict[str, Any]]]
     figures: Callable[[], dict[str, float]]
+    governor: Callable[[], dict[str, Any]]
     statistics: Callable[[], dict[str, Any]]
     unload_all: Callable[[], int]
     restart: Callable[[], None]

@@ -52,6 +52,14 @@ def read_limits(tree: Tree, online: tuple[int, ...] | None) -> Limits:
     )
 
 
+def own_groups(tree: Tree) -> list[str]:
+    """The folders of the unified hierarchy from below its top down to the own group; the top itself has no limits."""
+    path = cgroup_paths(tree.text("proc/self/cgroup", 1 << 16)).get("")
+    mount = f"{_MOUNT}/unified" if "unified" in tree.names(_MOUNT) else _MOUNT
+    groups = _groups(tree, mount, path)
+    return [group for group in groups if tree.exists(f"{group}/memory.current")]
+
+
 def _version(folders: tuple[str, ...], *, hybrid: bool, v1: bool) -> str | None:
     if v1:
         return "hybrid" if hybrid else "v1"

@@ -81,7 +81,7 @@ def probe(root: Path | None = None) -> Facts:
         model=model,
         page_size=_page_size(tree),
         thermal_zones=read_zones(tree),
-        power_mode=_power_mode(tree),
+        power_mode=read_power_mode(tree),
         disk=_disk(tree),
         tpm=devices.tpm(tree),
         kernel=_kernel(tree),
@@ -258,7 +258,7 @@ def _kernel(tree: Tree) -> str | None:
     return release[:128] if release and release.isprintable() else None
 
 
-def _power_mode(tree: Tree) -> str | None:
+def read_power_mode(tree: Tree) -> str | None:
     """nvpmodel's mode on a Jetson: what the command said, or what its state file and configuration say."""
     if not tree.live:
         return parse.power_mode(tree.text("cmd/nvpmodel_q.txt"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from agent.base.errors import DamagedError, PeerError, TryLaterError
@@ -37,7 +37,10 @@ Shapes = tuple[tuple[int, ...], ...]
 
 @dataclass(slots=True)
 class Resident:
-    """A session that can answer, and what the engine knows of it. ``retired``: it will be closed once it is idle."""
+    """A session that can answer, and what the engine knows of it. ``retired``: it will be closed once it is idle.
+
+    ``asked_for``: requests pick its option, whichever stands for the version.
+    """
 
     name: SessionName
     served: Served
@@ -46,6 +49,9 @@ class Resident:
     session: Session
     degraded_because: str = ""
     retired: bool = False
+    asked_for: bool = False
+    #: Runs in a row that it refused and another option did not.
+    doubts: int = 0
     output_names: tuple[str, ...] = ()
     outputs: dict[str, TensorSpec] = field(default_factory=dict)
     #: Held by the request that runs, where the session takes only one at a time.
@@ -77,11 +83,9 @@ class Resident:
 
 
 def make_resident(
-    name: SessionName, served: Served, option: Option, form: Form, session: Session, because: str, *, loop_fit: bool
+    name: SessionName, served: Served, option: Option, form: Form, session: Session, *, loop_fit: bool
 ) -> Resident:
-    """A resident for a session that was just loaded. ``because``: why it is not the option that was chosen."""
-    if not because and session.provider != option.provider:
-        because = f"{option.provider} did not take the model"
+    """A resident for a session that was just loaded."""
     quick = option.p95_ms is not None and option.p95_ms < INLINE_P95_MS
     return Resident(
         name,
@@ -89,7 +93,6 @@ def make_resident(
         option,
         form,
         session,
-        because,
         output_names=tuple(spec.name for spec in served.outputs),
         outputs={spec.name: spec for spec in session.outputs},
         turn=None if session.concurrent else asyncio.Lock(),
@@ -139,6 +142,7 @@ def response_of(
     """The response that says what really ran. ``figures`` are those of the run."""
     option = resident.option
     best = resident.served.options[0] if resident.served.options else option
+    because = {"degraded_because": resident.degraded_because} if resident.degraded_because else {}
     return InferResponse(
         model_name=resident.name.model,
         model_version=resident.name.version,
@@ -152,10 +156,21 @@ def response_of(
             "requested_variant": best.variant,
             "requested_backend": best.provider,
             "degraded": bool(resident.degraded_because),
+            **because,
             "cache": "off",
             **figures,
         },
     )
+
+
+def as_asked(response: InferResponse, wanted: Option, because: str) -> InferResponse:
+    """The answer to a request that picked an option itself: ``wanted``, or another for that reason."""
+    said = {**response.parameters, "requested_variant": wanted.variant, "requested_backend": wanted.provider}
+    said.pop("degraded_because", None)
+    said["degraded"] = bool(because)
+    if because:
+        said["degraded_because"] = because
+    return replace(response, parameters=said)
 
 
 def wanted(resident: Resident, request: InferRequest) -> tuple[str, ...]:

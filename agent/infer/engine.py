@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,17 +21,23 @@ from agent import __version__
 from agent.base.errors import DeadlineError, TryLaterError
 from agent.base.memory import resident_mb
 from agent.infer.answering import Key, Resident, described, require_options, respond
+from agent.infer.attempts import Attempt
+from agent.infer.cascading import Cascading
 from agent.infer.halting import Halt, LoopGuard
 from agent.infer.loading import MIB, EngineLimits, before
+from agent.infer.picking import pick
 from agent.infer.runners import Job, Runners
 from agent.infer.runtimes.base import Runtime
-from agent.infer.runtimes.failures import return_memory
+from agent.infer.runtimes.failures import DoubtfulError, ProviderLostError, return_memory
 from agent.infer.shelf import Option, Served, Shelf
 from agent.infer.standing import Standing
+from agent.infer.steering import Pressure
 from agent.infer.tensors import InferRequest, InferResponse, check_inputs
 from agent.infer.wishes import NO_WISHES, Wishes, wishes_of
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from agent.bundles.manifest import TensorSpec
     from agent.infer.caching import Caching
     from agent.infer.joining import Joint, Means
@@ -64,10 +70,11 @@ class Engine:
         report_damage: Callable[[Key, Option, str], None] = lambda key, option, reason: None,
         fence: Callable[[], None] = lambda: None,
         give_back: Callable[[], None] = return_memory,
+        report_loss: Callable[[Option, str], None] = lambda option, reason: None,
     ) -> None:
         self._limits = limits
         self._fence = fence
-        self._standing = Standing(lambda: self._limits, load_runtime, report_damage, fence, give_back)
+        self._standing = Standing(lambda: self._limits, load_runtime, report_damage, fence, give_back, report_loss)
         self._loader = self._standing.loader
         self._waiting: dict[str, int] = {}
         self._runners = Runners(limits.workers)
@@ -75,6 +82,7 @@ class Engine:
         self._guard = LoopGuard()
         self._caching: Caching | None = None
         self._unfit: dict[str, str] = {}  # why requests are not joined, by the digest of the option
+        self._cascading = Cascading(self._answer, self._standing.hurried)
         self._closing = False
 
     # -- what there is ------------------------------------------------------------------------------------------------
@@ -135,7 +143,24 @@ class Engine:
         residents = self._standing.all()
         for resident in residents:
             self._joint_of(resident)  # one that nobody has asked yet does not know
-        return [{**described(resident), "pinned": resident.key in self._standing.pins} for resident in residents]
+        return [self._row(resident, stands=self._standing.stands(resident)) for resident in residents]
+
+    def _row(self, resident: Resident, *, stands: bool) -> dict[str, Any]:
+        """One session; that which answers only requests that pick it is what was asked for."""
+        pinned = stands and resident.key in self._standing.pins
+        row = {**described(resident), "on_request": not stands, "pinned": pinned}
+        return row if stands else {**row, "degraded": False, "reason": ""}
+
+    def cascades(self) -> list[dict[str, Any]]:
+        """The active versions that answer by a cascade, or were to, for ``status``."""
+        shelf = self._shelf
+        versions = (shelf.versions[key] for key in sorted(shelf.active.items()) if key in shelf.versions)
+        return [
+            {"model": served.model, "version": served.version, "in_force": found is not None, "why": served.no_cascade}
+            | ({"first": found.first, "then": found.then, "threshold": found.threshold} if found else {})
+            for served in versions
+            if (found := served.cascade) is not None or served.no_cascade
+        ]
 
     def memory(self) -> dict[str, Any]:
         """Budget, what is held of it, and counts of loads, for ``status``."""
@@ -213,6 +238,26 @@ class Engine:
         if size_mb > 0:
             self._loader.press(size_mb)
 
+    # -- what the governor and the watch over providers ask for -------------------------------------------------------
+
+    @property
+    def shelf(self) -> Shelf:
+        """What is installed."""
+        return self._standing.shelf
+
+    @property
+    def switches(self) -> int:
+        """How often another option took over from one that answered."""
+        return self._standing.switches
+
+    def steer(self, pressure: Pressure) -> None:
+        """Have cheaper options answer, or the chosen ones again: each takes over once it is loaded."""
+        self._standing.press(pressure)
+
+    async def regain(self, provider: str) -> str:
+        """A lost provider works again: its options take over. Why not, where one cannot be loaded."""
+        return await self._standing.regain(provider)
+
     async def close(self) -> bool:
         """Stop taking requests, end runs, wait for loads under way, end every session; whether all has ended."""
         self._closing = True
@@ -235,6 +280,10 @@ class Engine:
         """Answer at once where the session is hot and fast, else an awaitable. ``deadline`` in ``time.monotonic()``."""
         served = self._shelf.find(name, version)
         wishes = wishes_of(request.parameters) if request.parameters else NO_WISHES
+        if wishes.picks:
+            return self._answer(served, request, deadline, wishes, pick(served, wishes))
+        if served.cascade is not None:
+            return self._cascading.answer(served, served.cascade, request, deadline, wishes)
         if served.cache is not None and self._caching is not None and wishes.cache and wishes.pin is None:
             fresh = partial(self._fresh, served, request, deadline, wishes)
             return self._caching.infer(served, request, deadline, wishes.keep_s, fresh)
@@ -256,6 +305,8 @@ class Engine:
                 return self._run_on_loop(resident, request)
             except DeadlineError:  # its time follows from its inputs' values: it runs in threads from now on
                 self._standing.keep_off_the_loop(resident)
+            except ProviderLostError as error:
+                self._standing.lose(resident.option, str(error))
         if self._caching is not None:
             self._caching.give_way()
         return self._answer(served, request, deadline, wishes)
@@ -273,7 +324,18 @@ class Engine:
             self._standing.retire(resident)
         return response
 
-    async def _answer(self, served: Served, request: InferRequest, deadline: float, wishes: Wishes) -> InferResponse:
+    async def _answer(
+        self,
+        served: Served,
+        request: InferRequest,
+        deadline: float,
+        wishes: Wishes,
+        wanted: Sequence[Option] | None = None,
+    ) -> InferResponse:
+        """One run in a thread, in its turn; of one of the options ``wanted``, else of whatever stands for the version.
+
+        Where a provider fails, another option runs it.
+        """
         require_options(served)
         arrays = check_inputs(served.inputs, request.inputs)  # a wrong request must not cost a load
         waiting = self._waiting.get(served.model, 0)
@@ -282,28 +344,49 @@ class Engine:
         self._waiting[served.model] = waiting + 1
         arrived = time.perf_counter()
         try:
-            resident = await self._standing.lease(served, deadline)
-            if (joint := self._joint_of(resident)) is not None and wishes.pin is None:
-                release = partial(self._loader.release, resident.name, wishes.keep_s)
-                if (joined := await joint.answer(request, arrays, (arrived, deadline), release)) is not None:
-                    return joined
-                if resident.retired:  # for what the batch did to it
-                    release()
-                    resident = await self._standing.lease(served, deadline)
-            halt = Halt()
-            job = await self._start(resident, request, arrived, deadline, halt, wishes)
-            try:
-                return await before(deadline, asyncio.shield(job.future))
-            except (DeadlineError, asyncio.CancelledError):
-                halt.request()
-                self._runners.withdraw(job)
-                raise
+            attempt = Attempt(self._standing, served, wanted)
+            while True:
+                resident = await self._standing.lease(served, deadline, attempt.pick)
+                try:
+                    response = await self._run(resident, request, arrays, (arrived, deadline), wishes)
+                except (ProviderLostError, DoubtfulError) as error:
+                    attempt.failed(resident, error)
+                else:
+                    if response is not None:
+                        return attempt.answered(resident, response)
         finally:
             left = self._waiting[served.model] - 1
             if left:
                 self._waiting[served.model] = left
             else:
                 del self._waiting[served.model]
+
+    async def _run(
+        self,
+        resident: Resident,
+        request: InferRequest,
+        arrays: dict[str, NDArray[Any]],
+        times: tuple[float, float],
+        wishes: Wishes,
+    ) -> InferResponse | None:
+        """One run of a session that was leased: joined with others, else alone. None when what it was joined with made
+        the session go. ``times``: of its arrival (``perf_counter``) and its deadline (``monotonic``)."""
+        arrived, deadline = times
+        if (joint := self._joint_of(resident)) is not None and wishes.pin is None:
+            release = partial(self._loader.release, resident.name, wishes.keep_s)
+            if (joined := await joint.answer(request, arrays, times, release)) is not None:
+                return joined
+            if resident.retired:
+                release()
+                return None
+        halt = Halt()
+        job = await self._start(resident, request, arrived, deadline, halt, wishes)
+        try:
+            return await before(deadline, asyncio.shield(job.future))
+        except (DeadlineError, asyncio.CancelledError):
+            halt.request()
+            self._runners.withdraw(job)
+            raise
 
     async def _start(
         self, resident: Resident, request: InferRequest, arrived: float, deadline: float, halt: Halt, wishes: Wishes

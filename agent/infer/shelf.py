@@ -14,6 +14,7 @@ from agent.infer.runtimes.base import PLAIN, Route
 
 if TYPE_CHECKING:
     from agent.bundles.manifest import TensorSpec
+    from agent.infer.cascade import Cascade
     from agent.infer.gains import Batching
     from agent.infer.trial import OpenModel
 
@@ -82,6 +83,10 @@ class Option:
     forms: tuple[Form, ...] = ()
     #: How requests are joined, where that was asked for.
     batching: Batching | None = None
+    #: The median run in ms, joules of a run, and the quality by which variants were compared, as far as they are known.
+    p50_ms: float | None = None
+    joules: float | None = None
+    quality: float | None = None
 
     def ways(self) -> tuple[Form, ...]:
         """Its forms; the file as it came where nothing was prepared."""
@@ -119,6 +124,11 @@ class Served:
     task: str = ""
     #: None: its answers are not kept.
     cache: CacheLimits | None = None
+    #: Whether the governor may have another option answer.
+    governed: bool = True
+    #: Two options that answer together; and why those that were asked for do not.
+    cascade: Cascade | None = None
+    no_cascade: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from agent.selection.rules import Candidate, Verdict, accepted, candidates
 from agent.store.document import BlobRef
 
 #: Device nodes that a trial child on an accelerator may open.
-_DEVICES: Mapping[str, tuple[str, ...]] = {
+DEVICES: Mapping[str, tuple[str, ...]] = {
     "CUDAExecutionProvider": ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvhost-gpu", "/dev/nvmap"),
     "TensorrtExecutionProvider": ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvhost-gpu", "/dev/nvmap"),
     "OpenVINOExecutionProvider": ("/dev/dri/renderD128",),
@@ -168,7 +168,7 @@ class VariantChooser:
     ) -> Entrant:
         variant = manifest.variant(candidate.variant_id)
         ref = blobs[variant.file.name]
-        devices = _DEVICES.get(candidate.provider, ())
+        devices = DEVICES.get(candidate.provider, ())
         return Entrant(candidate.id, key, lambda: self._open(ref), devices, variant.parameters)
 
     def _with_energy(self, measurement: Measurement) -> Measurement:

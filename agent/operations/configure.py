@@ -19,7 +19,19 @@ from agent.store.store import Store
 
 #: What trusts, where the store is and who owns the sockets is the integrator's alone.
 REMOTE = frozenset(
-    ("server", "selection", "memory", "access", "log", "link", "telemetry", "maintenance", "clock", "models")
+    (
+        "server",
+        "selection",
+        "memory",
+        "access",
+        "log",
+        "link",
+        "telemetry",
+        "maintenance",
+        "clock",
+        "governor",
+        "models",
+    )
 )
 _POLL_S = 0.2
 

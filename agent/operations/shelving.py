@@ -10,8 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from agent.base.config import CascadeConfig, ModelConfig
+from agent.bundles.manifest import Cascade, Manifest, cascade_problem
+from agent.infer import cascade as stages
+from agent.infer.cascade import splits
 from agent.infer.shelf import CacheLimits, Option, Served, Shelf
 from agent.operations.batching import Wish, as_wanted, shelved_batching
 from agent.operations.forms import FormKey, no_forms, shelved_forms
@@ -40,15 +44,36 @@ def shelf_from(
     owner, for single models."""
     wish = as_wanted(wanted)
     versions = {
-        (name, version): replace(
-            _served(name, version, entry, open_blob, threads, form_key, wish),
-            cache=_cache_limits(entry.manifest, wanted.get(name)),
+        (name, version): _as_set(
+            _served(name, version, entry, open_blob, threads, form_key, wish), entry.manifest, wanted.get(name)
         )
         for name, model in document.models.items()
         for version, entry in model.versions.items()
     }
     active = {name: model.active for name, model in document.models.items() if model.active is not None}
     return Shelf(versions, active)
+
+
+def _as_set(served: Served, manifest: Manifest, settings: ModelConfig | None) -> Served:
+    """What the manifest, and over it the device's configuration, say of how the options answer."""
+    said: Cascade | CascadeConfig | Literal[False] | None = manifest.policy.cascade
+    served = replace(served, cache=_cache_limits(manifest, settings))
+    if settings is not None:
+        served = replace(served, governed=settings.governed)
+        said = settings.cascade if settings.cascade is not None else said
+    if not said:
+        return served
+    problem = cascade_problem(manifest, said)
+    have = {option.variant for option in served.options}
+    lacking = [name for name in (said.first, said.then) if name not in have]
+    if not problem and lacking:
+        problem = f"variant {lacking[0]} does not answer on this device"
+    if problem:
+        return replace(served, no_cascade=problem)
+    output = said.output or manifest.outputs[0].name
+    by_row = splits(served.inputs, served.outputs)
+    cascade = stages.Cascade(said.first, said.then, said.threshold, output, said.measure, by_row)
+    return replace(served, cascade=cascade, cache=None)  # which of the two answers depends on the moment, too
 
 
 def order_of(entry: VersionEntry) -> list[str]:
@@ -66,7 +91,7 @@ def _served(
     name: str, version: str, entry: VersionEntry, open_blob: OpenBlob, threads: int, form_key: FormKey, wish: Wish
 ) -> Served:
     manifest = entry.manifest
-    options, missing = [], []
+    options, missing, qualities = [], [], _qualities(entry)
     for candidate in order_of(entry):
         variant_id, _, provider = candidate.partition("@")
         variant = manifest.variant(variant_id)
@@ -91,6 +116,9 @@ def _served(
             load_s=_load_s(measured),
             shares=variant.runtime == "tflite",  # it maps the file and leaves the weights there
             batching=shelved_batching(entry, candidate, wish),
+            p50_ms=measured.get("p50_ms"),
+            joules=measured.get("joules"),
+            quality=qualities.get(candidate),
         )
         forms = shelved_forms(entry, candidate, option.plain(), form_key, open_blob)
         options.append(replace(option, forms=forms))
@@ -104,6 +132,18 @@ def _cache_limits(manifest: Manifest, wanted: ModelConfig | None) -> CacheLimits
     """The device's owner decides, else whoever packed the model."""
     policy = manifest.cache if wanted is None or wanted.cache is None else wanted.cache or None
     return CacheLimits(policy.ttl_s, int(policy.max_mb * (1 << 20)), policy.prewarm) if policy is not None else None
+
+
+def _qualities(entry: VersionEntry) -> dict[str, float]:
+    """The qualities by which candidates were compared, as ``models explain`` shows them. Others cannot be compared."""
+    document: Any = (entry.choice or {}).get("explain")
+    rows = document.get("candidates", ()) if isinstance(document, dict) else ()
+    found = {}
+    for row in rows:
+        quality = (row.get("measured") or {}).get("quality")
+        if isinstance(quality, dict) and isinstance(quality.get("value"), (int, float)):
+            found[str(row.get("id"))] = float(quality["value"])
+    return found
 
 
 def _load_s(measured: dict[str, Any]) -> float:

@@ -263,6 +263,11 @@ class Inference:
             cached=said.get("cache") in ("hit", "joined"),
             batch=(said.get("batch", 0), said.get("batch_requests", 0)),
         )
+        if "cascade" in said:
+            rows, escalated = said["cascade_rows"], said["cascade_escalated"]
+            self._statistics.cascaded(
+                response.model_name, response.model_version, rows, escalated, said["cascade_saved_us"] * 1000
+            )
         return answer
 
     def _failed(self, error: AgentError, request: Request, started: int) -> Response:

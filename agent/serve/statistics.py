@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,10 @@ class _Counts:
     runs: dict[int, float] = field(default_factory=dict)
     runs_ns: dict[int, float] = field(default_factory=dict)
     last_ms: int = 0
+    #: A cascade: examples that the first variant, and the one after it, answered; time saved, which may be below 0.
+    first_rows: int = 0
+    then_rows: int = 0
+    saved_ns: int = 0
     statuses: dict[int, int] = field(default_factory=dict)
     buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
 
@@ -76,6 +80,13 @@ class Statistics:
         counts.last_ms = int(self._now() * 1000)
         counts.buckets[bisect_left(_BOUNDS_NS, total_ns)] += 1
 
+    def cascaded(self, model: str, version: str, rows: int, escalated: int, saved_ns: int) -> None:
+        """An answer of a cascade: of so many examples so many went on to the second variant."""
+        counts = self._of(model, version)
+        counts.first_rows += rows - escalated
+        counts.then_rows += escalated
+        counts.saved_ns += saved_ns
+
     def failed(self, model: str, version: str, total_ns: int, status: int) -> None:
         """One request got an error."""
         counts = self._of(model, version)
@@ -113,6 +124,7 @@ class Statistics:
                 for labels, counts in rows
             )
         lines += _batches([(labels, counts) for labels, counts in rows if counts.joined])
+        lines.extend(_cascades([(labels, counts) for labels, counts in rows if counts.first_rows or counts.then_rows]))
         lines.append("# TYPE edge_agent_infer_duration_seconds histogram")
         for labels, counts in rows:
             lines.extend(_histogram(labels, counts))
@@ -159,6 +171,16 @@ def cache_metrics(caches: Iterable[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _cascades(rows: Sequence[tuple[str, _Counts]]) -> Iterator[str]:
+    if rows:
+        yield "# TYPE edge_agent_cascade_rows_total counter"
+        yield "# TYPE edge_agent_cascade_saved_seconds gauge"
+    for labels, counts in rows:
+        yield f'edge_agent_cascade_rows_total{{{labels},stage="first"}} {counts.first_rows}'
+        yield f'edge_agent_cascade_rows_total{{{labels},stage="then"}} {counts.then_rows}'
+        yield f"edge_agent_cascade_saved_seconds{{{labels}}} {counts.saved_ns / 1e9:.9g}"
+
+
 def _histogram(labels: str, counts: _Counts) -> list[str]:
     lines, running = [], 0
     for bound, number in zip((*map(str, BOUNDS), "+Inf"), counts.buckets, strict=True):
@@ -193,9 +215,11 @@ def _triton(model: str, version: str, counts: _Counts) -> dict[str, Any]:
     def duration(count: int, ns: int) -> dict[str, int]:
         return {"count": count, "ns": ns}
 
+    cascade = {"first": counts.first_rows, "then": counts.then_rows, "saved_ns": counts.saved_ns}
     return {
         "name": model,
         "version": version,
+        **({"cascade_stats": cascade} if counts.first_rows or counts.then_rows else {}),
         "last_inference": counts.last_ms,
         "inference_count": counts.success,
         "execution_count": counts.success - counts.cache_hits - counts.joined + round(sum(counts.runs.values())),

@@ -331,8 +331,26 @@ def test_a_file_that_two_variants_share_travels_once() -> None:
 
 
 def test_a_manifest_survives_its_json() -> None:
-    manifest = a_manifest(labels=("a", "b"), policy={"prefer": "accuracy", "cascade": {"small": None}})
+    cascade = {"first": "int8", "then": "fp32", "threshold": 0.8, "measure": "margin"}
+    manifest = a_manifest(labels=("a", "b"), policy={"prefer": "accuracy", "cascade": cascade})
     assert parse_manifest(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"first": "int4"}, "there is no variant int4"),
+        ({"first": "fp32"}, "the same variant"),
+        ({"output": "z"}, "there is no output z"),
+        ({"threshold": 1.5}, "threshold"),
+        ({"measure": "gut feeling"}, "measure"),
+        ({"third": "x"}, "third"),
+    ],
+)
+def test_a_cascade_that_cannot_be_is_refused(change: dict[str, object], text: str) -> None:
+    cascade = {"first": "int8", "then": "fp32", "threshold": 0.8} | change
+    with pytest.raises(ValueError, match=text):
+        a_manifest(policy={"cascade": cascade})
 
 
 @pytest.mark.parametrize("character", ["\x1b", "\x07", "\x00", "\x9b", "\r"])

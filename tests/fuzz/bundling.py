@@ -46,7 +46,10 @@ def manifest_seeds() -> list[bytes]:
         "version": "1.2.3-rc.1+build.5", "task": "t", "description": "ü", "license": "MIT", "labels": ["a", "b"],
         "inputs": [tensor | {"optional": True}, {"name": "y", "datatype": "BYTES", "shape": [-1], "any_rank": True}],
         "golden": {"file": file | {"name": "g.npz"}, "metric": "top1", "threshold": 0.98},
-        "policy": {"prefer": "energy", "min_quality": 0.5, "max_latency_ms": 20, "cascade": {"to": ["fp32", 0.7]}},
+        "policy": {
+            "prefer": "energy", "min_quality": 0.5, "max_latency_ms": 20,
+            "cascade": {"first": "int8", "then": "fp32", "threshold": 0.7},
+        },
         "cache": {"ttl_s": 60, "max_mb": 1, "prewarm": True}, "batching": {"max_size": 8, "max_delay_us": 500},
     }  # fmt: skip
     full["variants"] = [

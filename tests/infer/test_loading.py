@@ -421,7 +421,7 @@ def test_the_backend_is_told_as_before():
             {
                 "model": "m", "version": "1.0.0", "requested_variant": "fp32", "requested_backend": CPU,
                 "variant": "fp32", "backend": CPU, "form": "plain", "mb": 10.0, "degraded": False, "reason": "",
-                "batching": None, "pinned": False,
+                "on_request": False, "batching": None, "pinned": False,
             }
         ]  # fmt: skip
 

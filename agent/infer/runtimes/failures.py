@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import ctypes
+import re
 
+from agent.base.errors import PeerError, TryLaterError
+
+#: Providers that are the processor itself: they are not lost while anything runs.
+HOST = frozenset({"CPUExecutionProvider", "cpu"})
 #: What the runtimes say when an allocation fails: none has a class of error for it everywhere.
 _SHORTAGE = (
     "bad_alloc", "bad allocation", "failed to allocate", "bfcarena::allocate", "failed to reshape runtime",
     "out of memory",
 )  # fmt: skip
+#: What drivers say when a device is gone, hung or in an error that sticks (CUDA, TensorRT, OpenCL, Level Zero, DirectX,
+#: Vulkan, NPUs): nothing that an input could be the cause of.
+_DEVICE_FAILURE = re.compile(
+    r"device[ _](is )?(lost|removed|hung|reset|unavailable|disconnected)|(lost|no|invalid) device\b"
+    r"|cuda (failure|error)|cuda(Error|_ERROR)|cudnn_status_(not_initialized|internal_error|execution_failed)"
+    r"|cublas_status_(not_initialized|internal_error|execution_failed)|driver shutting down|xid\b"
+    r"|cl_(device_not_available|invalid_command_queue|out_of_resources)|ze_result_error_device_lost"
+    r"|dxgi_error_device|vk_error_device_lost|npu .{0,40}(timeout|hang)|ioctl .{0,60}failed",
+    re.IGNORECASE,
+)
+
+
+class ProviderLostError(TryLaterError):
+    """The provider failed, not the model and not the input: another one may answer the same request."""
+
+
+class DoubtfulError(PeerError):
+    """A provider other than the processor refused to run; whether it or the input is to blame, another one can tell."""
+
+
+def is_device_failure(text: str) -> bool:
+    """Whether a runtime's message tells of a device that is gone or broken."""
+    return _DEVICE_FAILURE.search(text) is not None
 
 
 def is_shortage(error: Exception) -> bool:

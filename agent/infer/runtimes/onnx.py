@@ -21,7 +21,13 @@ from agent.base.datatypes import Datatype
 from agent.base.errors import DamagedError, DeadlineError, PeerError, TryLaterError, UnsupportedError
 from agent.bundles.manifest import TensorSpec
 from agent.infer.runtimes.base import LoadOptions
-from agent.infer.runtimes.failures import is_shortage, one_line
+from agent.infer.runtimes.failures import (
+    DoubtfulError,
+    ProviderLostError,
+    is_device_failure,
+    is_shortage,
+    one_line,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -149,7 +155,9 @@ class OnnxSession:
         self._session = session
         self._options: Callable[[], Any] = library.RunOptions
         self._errors = _exceptions_of(library)
-        self._provider_failed: type[Exception] = library.capi.onnxruntime_pybind11_state.EPFail
+        state = library.capi.onnxruntime_pybind11_state
+        self._provider_failed: type[Exception] = state.EPFail
+        self._input_refused: type[Exception] = state.InvalidArgument
         self.inputs = tuple(_spec(node) for node in session.get_inputs()) + tuple(
             _spec(node, optional=True) for node in session.get_overridable_initializers()
         )
@@ -165,8 +173,8 @@ class OnnxSession:
     ) -> list[NDArray[Any]]:
         """One answer; strings go in and come out as ``bytes``.
 
-        PeerError with the runtime's reason; TryLaterError when memory or the provider fails, which no input is to blame
-        for; DeadlineError when ``halt`` ended it between two operators.
+        PeerError with the runtime's reason, DoubtfulError where a provider may be the cause; TryLaterError when memory
+        fails, ProviderLostError when the provider does; DeadlineError when ``halt`` ended it between two operators.
         """
         options = None
         if halt is not None:
@@ -182,8 +190,11 @@ class OnnxSession:
                 raise DeadlineError("cannot run model: it was told to end") from error
             if is_shortage(error):
                 raise TryLaterError(f"cannot run model: out of memory: {one_line(error)}") from error
-            if isinstance(error, self._provider_failed):
-                raise TryLaterError(f"cannot run model: {self.provider} failed: {one_line(error)}") from error
+            elsewhere = self.provider != CPU_PROVIDER
+            if isinstance(error, self._provider_failed) or (elsewhere and is_device_failure(str(error))):
+                raise ProviderLostError(f"cannot run model: {self.provider} failed: {one_line(error)}") from error
+            if elsewhere and not isinstance(error, self._input_refused):
+                raise DoubtfulError(f"cannot run model: {self.provider}: {one_line(error)}") from error
             raise PeerError(f"cannot run model: ONNX Runtime: {one_line(error)}") from error
         if self._string_outputs:
             return [
