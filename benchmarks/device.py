@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from agent.base.clock import SystemClock
-from agent.base.config import Config, Paths
+from agent.base.config import Config
+from agent.base.paths import Paths
 from agent.core.device import inventory_of, look_at_device
 from agent.core.trying import make_chooser, make_form_maker
 from agent.infer.engine import Engine, EngineLimits

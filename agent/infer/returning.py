@@ -11,8 +11,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
-#: The longest that it waits while sessions come and go.
-_MOST_S = 5.0
+#: The longest that it waits while sessions come and go: until then the process weighs more than its budget knows.
+_MOST_S = 1.0
 
 
 class Returning:

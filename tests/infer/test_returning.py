@@ -44,19 +44,20 @@ def world(monkeypatch):
 
 
 def test_memory_goes_back_half_a_second_after_the_last_close(world):
-    for _ in range(4):
+    for _ in range(2):
         world.returning.freed()
-        world.go_on(0.3)
+        world.go_on(0.4)
     assert world.given == []
     world.go_on(10)
-    assert world.given == [101.4]
+    assert world.given == [100.9]
 
 
 def test_where_sessions_come_and_go_all_the_time_it_goes_back_now_and_then(world):
-    for _ in range(150):
+    for _ in range(30):
         world.returning.freed()
         world.go_on(0.1)
-    assert world.given == [105.0, 110.1]
+    assert len(world.given) == 2
+    assert 1.0 <= world.given[1] - world.given[0] < 1.2
 
 
 def test_much_goes_back_at_once_and_nothing_is_due_afterwards(world):
