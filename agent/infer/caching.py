@@ -153,13 +153,12 @@ class Caching:
         fresh: Callable[[], Answer],
     ) -> Answer:
         """The kept answer, that of an equal request under way, or a fresh one. ``keep_s``: its wish for the model."""
-        asked = Asked(served, request, deadline, keep_s, fresh)
-        book = self.books.of(asked.served.model)
+        book = self.books.of(served.model)
         if book is None:
-            return asked.fresh()
-        size = tensors_bytes(asked.request.inputs)
-        if not book.paying.worth_a_look(self._now()) or size > _MOST_BYTES:
-            return _bypassed(book, asked)
+            return fresh()
+        if not book.paying.worth_a_look(self._now()) or (size := tensors_bytes(request.inputs)) > _MOST_BYTES:
+            return _bypassed(book, fresh())
+        asked = Asked(served, request, deadline, keep_s, fresh)
         if size > _AT_ONCE_BYTES:
             return self._infer_apart(book, asked)
         begun = time.perf_counter()
@@ -178,7 +177,7 @@ class Caching:
         resident = self._around.resident(asked.served)
         source = _answering(asked.served, resident)
         if digest is None or source is None:
-            return _bypassed(book, asked)
+            return _bypassed(book, asked.fresh())
         now = self._now()
         key = answer_key(source, digest)
         favourite = book.favourites.seen(digest, now)
@@ -296,19 +295,20 @@ def _said(asked: Asked, outputs: tuple[Tensor, ...], parameters: dict[str, Any])
     return InferResponse(asked.served.model, asked.served.version, outputs, asked.request.id, parameters)
 
 
-def _bypassed(book: Book, asked: Asked) -> Answer:
-    """A fresh answer that was not looked up."""
+def _bypassed(book: Book, answer: Answer) -> Answer:
+    """A fresh answer that was not looked up. This is the way of most requests that never come again: no detours."""
     book.cache.counts.bypassed += 1
-    answer = asked.fresh()
-    return _marked(asked, answer) if isinstance(answer, InferResponse) else _mark_later(asked, answer)
+    return _marked(answer) if isinstance(answer, InferResponse) else _mark_later(answer)
 
 
-def _marked(asked: Asked, response: InferResponse) -> InferResponse:
-    return _said(asked, response.outputs, {**response.parameters, "cache": "bypass"})
+def _marked(response: InferResponse) -> InferResponse:
+    if isinstance(response.parameters, dict):  # made for this answer alone
+        response.parameters["cache"] = "bypass"
+    return response
 
 
-async def _mark_later(asked: Asked, answer: Awaitable[InferResponse]) -> InferResponse:
-    return _marked(asked, await answer)
+async def _mark_later(answer: Awaitable[InferResponse]) -> InferResponse:
+    return _marked(await answer)
 
 
 def _timed_digest(request: InferRequest) -> tuple[bytes | None, float]:
