@@ -467,6 +467,8 @@ class Engine:
             guarded=self._guarded,
             ended=self._ended_together,
             unfit=self._not_joinable,
+            guard=self._guard,
+            too_long=self._standing.keep_off_the_loop,
             closing=lambda: self._closing,
             halts=self._halts,
             lanes=self._limits.workers,

@@ -5,7 +5,7 @@ session that runs. When a batch fails, its members are sent back to be answered 
 error. So are they when it takes far longer than it should, for how long a run takes may follow from one member's
 values. A model whose outputs do not have the batch's rows is never joined again.
 
-Everything is for the event loop's thread but what runs in a thread (``together``).
+Everything is for the event loop's thread but ``together``; fast models run there as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from agent.base.errors import DeadlineError, TryLaterError
 from agent.infer.answering import Resident, wanted
 from agent.infer.batching import Expire, Member, Pace, Queue, Run, level_of
 from agent.infer.gains import Batching, described, not_free
-from agent.infer.halting import Halt
+from agent.infer.halting import Halt, LoopGuard
 from agent.infer.runners import Job
 from agent.infer.tensors import InferRequest, InferResponse
 from agent.infer.together import Joining, Kind, NotJoinableError, alone, size_of, together
@@ -43,7 +43,8 @@ class Means:
 
     ``submit`` runs work in a thread when its model's turn comes, ``guarded`` is work of one run with its memory looked
     at, ``ended`` is told of each run (the request where it had but one; rows, 0 of one that failed; microseconds),
-    ``unfit`` why a model cannot be joined. Nothing new begins once ``closing`` says so.
+    ``unfit`` why a model cannot be joined, ``too_long`` that a run held the event loop up. Nothing new begins once
+    ``closing`` says so.
     """
 
     submit: Callable[[str, Callable[[], Any]], Job]
@@ -51,6 +52,8 @@ class Means:
     guarded: Callable[[Resident, Callable[[], Any]], Any]
     ended: Callable[[Resident, InferRequest | None, int, int], None]
     unfit: Callable[[Resident, str], None]
+    guard: LoopGuard
+    too_long: Callable[[Resident], None]
     closing: Callable[[], bool]
     halts: set[Halt]
     lanes: int
@@ -64,6 +67,7 @@ class _UnderWay:
     job: Job | None = None
     began: float = 0.0
     overlong: bool = False
+    here: bool = False
     timer: asyncio.TimerHandle | None = None
 
 
@@ -218,6 +222,9 @@ class Joint:
 
     def _begin(self, run_now: Run) -> None:
         members = [self._members[ticket] for ticket in run_now.tickets]
+        if all(self._resident.fits_the_loop(joining.request) for joining in members):
+            self._run_here(run_now, members)
+            return
         under_way = self._under_way[run_now.run] = _UnderWay(run_now, members, Halt())
         self._means.halts.add(under_way.halt)
         turn = self._resident.turn
@@ -225,6 +232,22 @@ class Joint:
             self._submit(under_way)
         else:
             asyncio.get_running_loop().create_task(self._submit_in_turn(under_way, turn))
+
+    def _run_here(self, run_now: Run, members: list[Joining]) -> None:
+        """On the event loop: together they take less of it than one by one, and no thread has to be woken."""
+        under_way = _UnderWay(run_now, members, self._means.guard.begin(), here=True)
+        self._under_way[run_now.run] = under_way
+        done: asyncio.Future[list[tuple[Joining, InferResponse]]] = asyncio.get_running_loop().create_future()
+        try:
+            done.set_result(self._run(under_way))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the members
+            done.set_exception(error)
+            if isinstance(error, DeadlineError):
+                under_way.overlong = True
+                self._means.too_long(self._resident)
+        finally:
+            self._means.guard.end()
+        self._ended(under_way, done)
 
     async def _submit_in_turn(self, under_way: _UnderWay, turn: asyncio.Lock) -> None:
         await turn.acquire()
@@ -285,7 +308,7 @@ class Joint:
             self._succeeded(under_way, done.result(), now)
         else:
             self._failed(under_way, error, now)
-        if self._resident.turn is not None:
+        if self._resident.turn is not None and not under_way.here:
             self._resident.turn.release()
         for ticket, joining in zip(under_way.run.tickets, under_way.members, strict=True):
             self._members.pop(ticket, None)
@@ -317,7 +340,8 @@ class Joint:
             self._queue.repace(self._pace(self.batching))
             self._means.unfit(self._resident, str(error))
         ended = isinstance(error, DeadlineError) and not under_way.overlong
-        singly = len(under_way.members) > 1 and not ended and not self._means.closing()
+        several = len(under_way.members) > 1 or under_way.overlong
+        singly = several and not ended and not self._means.closing()
         for joining in under_way.members:
             if joining.future.done():
                 continue

@@ -390,6 +390,12 @@ def test_a_lone_request_for_a_fast_model_runs_on_the_loop_and_a_crowd_is_joined(
         assert not asyncio.iscoroutine(engine.infer("m", None, ask(), soon()))
         seen = await asyncio.gather(*(answer(engine, "m") for _ in range(6)))
         assert max(one.parameters.get("batch", 1) for one in seen) > 1
+        threads = threading.active_count()
+        seen = await asyncio.gather(*(answer(engine, "m", ask(rows(1, seed))) for seed in range(6)))
+        assert batches(seen) == [6] * 6
+        for seed, one in enumerate(seen):
+            np.testing.assert_allclose(one.outputs[0].array, rows(1, seed) @ WEIGHTS, rtol=1e-4, atol=1e-5)
+        assert threading.active_count() == threads
         for _ in range(200):  # and when the crowd is gone, on the loop again
             await answer(engine, "m")
             await asyncio.sleep(0)
@@ -430,3 +436,33 @@ def test_the_engine_stops_while_batches_wait_and_run():
         assert all(isinstance(one, BaseException) for one in seen)
 
     asyncio.run(main())
+
+
+def test_a_batch_that_holds_the_loop_up_is_ended_and_the_model_leaves_the_loop():
+    watch = LongTogether()
+
+    async def story(engine):
+        engine.put(shelf(served("m", joined(onnx_models.linear(), p95_ms=0.02))))
+        await answer(engine, "m")
+        seen = await asyncio.gather(*(answer(engine, "m") for _ in range(4)))
+        assert [one.outputs[0].array.shape for one in seen] == [(1, 4)] * 4
+        later = engine.infer("m", None, ask(), soon())
+        assert asyncio.iscoroutine(later)
+        await later
+
+    drive(story, workers=1, load=watch)
+
+
+def test_a_bad_member_on_the_loop_fails_alone():
+    spec = {"inputs": (TensorSpec(name="x", datatype="FP32", shape=(-1,)),)}
+    spec["outputs"] = (TensorSpec(name="y", datatype="FP32", shape=(-1,)),)
+
+    async def story(engine):
+        engine.put(shelf(served("m", joined(onnx_models.picky(), p95_ms=0.02), **spec)))
+        requests = [ask(np.array([value], np.float32)) for value in (1, 99, 2)]
+        await answer(engine, "m", requests[0])
+        for _ in range(3):
+            seen = await asyncio.gather(*(answer(engine, "m", one) for one in requests), return_exceptions=True)
+            assert [isinstance(one, PeerError) for one in seen] == [False, True, False]
+
+    drive(story)
