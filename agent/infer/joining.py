@@ -24,6 +24,7 @@ from agent.infer.batching import Expire, Member, Pace, Queue, Run, level_of
 from agent.infer.gains import Batching, described, not_free
 from agent.infer.halting import Halt, LoopGuard
 from agent.infer.runners import Job
+from agent.infer.runtimes.failures import ProviderLostError
 from agent.infer.tensors import InferRequest, InferResponse
 from agent.infer.together import Joining, Kind, NotJoinableError, alone, size_of, together
 
@@ -332,7 +333,8 @@ class Joint:
 
     def _failed(self, under_way: _UnderWay, error: BaseException, now: float) -> None:
         """A member that was alone gets the error; several are answered one by one."""
-        shortage = isinstance(error, TryLaterError)
+        lost = isinstance(error, ProviderLostError)  # no member is to blame, and another provider answers them all
+        shortage = isinstance(error, TryLaterError) and not lost
         self._means.ended(self._resident, None, 0, 0)
         self._queue.failed(under_way.run.run, now, shortage=shortage)
         if isinstance(error, NotJoinableError):
@@ -341,7 +343,7 @@ class Joint:
             self._means.unfit(self._resident, str(error))
         ended = isinstance(error, DeadlineError) and not under_way.overlong
         several = len(under_way.members) > 1 or under_way.overlong
-        singly = several and not ended and not self._means.closing()
+        singly = several and not ended and not lost and not self._means.closing()
         for joining in under_way.members:
             if joining.future.done():
                 continue

@@ -15,6 +15,7 @@ from agent.base.errors import DeadlineError, PeerError
 from agent.bundles.manifest import TensorSpec
 from agent.infer.gains import Batching, Gain
 from agent.infer.runtimes.base import load_runtime
+from agent.infer.runtimes.failures import ProviderLostError
 from agent.infer.tensors import InferRequest, RequestedOutput, Tensor
 from tests import onnx_models
 from tests.infer.test_engine import Blob, OneAtATime, answer, ask, drive, option, served, shelf, soon
@@ -466,3 +467,38 @@ def test_a_bad_member_on_the_loop_fails_alone():
             assert [isinstance(one, PeerError) for one in seen] == [False, True, False]
 
     drive(story)
+
+
+def test_a_provider_that_is_lost_in_a_batch_is_told_to_every_member_at_once():
+    """What answers them then is another option's affair: see the tests of lost providers."""
+    lost = []
+
+    class Losing(Held):
+        def __call__(self, name):
+            runtime = super().__call__(name)
+
+            class Runtime:
+                def load(self, descriptor, options):
+                    session = runtime.load(descriptor, options)
+                    run = session.run
+
+                    def failing(inputs, outputs, halt):
+                        if len(inputs["x"]) > 1:
+                            lost.append(len(inputs["x"]))
+                            raise ProviderLostError("cannot run model: the provider failed")
+                        return run(inputs, outputs, halt)
+
+                    session.run = failing
+                    return session
+
+            return Runtime()
+
+    watch = Losing()
+
+    async def story(engine):
+        engine.put(shelf(served("m", joined(onnx_models.linear()))))
+        seen = await behind_a_run(engine, watch, [()] * 3)
+        assert all(isinstance(one, ProviderLostError) for one in seen)
+        assert lost == [3]
+
+    drive(story, workers=1, load=watch)
