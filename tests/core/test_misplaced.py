@@ -98,7 +98,7 @@ def versions_that_answer(device):
                 continue
             found[name] = answer.model_version
             data = GOOD if name == "good" else {"1.0.0": HURT, "2.0.0": NEWER}[answer.model_version]
-            np.testing.assert_allclose(answer["y"], reference(data), rtol=1e-5)
+            np.testing.assert_allclose(answer["y"], reference(data), rtol=1e-4)
     device.cli("store", "verify", status=None)
     assert "Traceback" not in device.log.read_text()
     return found
