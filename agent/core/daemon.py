@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -69,6 +69,8 @@ if TYPE_CHECKING:
     from agent.core.fleet import Fleet
 
 _LOG = logging.getLogger("edge_agent.core")
+#: After damage was found the models are reviewed so soon, and not again for so long.
+_REVIEW_S, _REVIEWED_S = 1.0, 30.0
 #: By then a start is over: models reviewed, runtimes probed, the fleet told.
 _STARTED_S = 20.0
 #: One run of a golden example.
@@ -98,7 +100,7 @@ class Core:
         self._rules = model_rules(config)
         self._fleet: Fleet | None = None
         self._no_fleet = NoFleet()
-        self._reviewing: asyncio.Future[None] | None = None
+        self._reviews: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Start, serve until told to stop, drain, stop. Raises AgentError when it cannot start."""
@@ -356,7 +358,7 @@ class Core:
         try:
             await self._stop.wait()
         finally:
-            for task in tasks:
+            for task in (*tasks, *self._reviews.values()):
                 task.cancel()
 
     async def _wind_down(self) -> None:
@@ -423,6 +425,18 @@ class Core:
 
     def _damaged(self, key: Key, option: Option, reason: str) -> None:
         _LOG.error("model %s %s: %s cannot be used: %s", *key, option.candidate, reason)
+        self._review_for("damage", self._review_again)  # a prepared form is made anew
+
+    def _review_for(self, cause: str, review: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """One at a time for each cause."""
+        if cause not in self._reviews:
+            task = self._reviews[cause] = asyncio.get_running_loop().create_task(review())
+            task.add_done_callback(lambda _: self._reviews.pop(cause, None))
+
+    async def _review_again(self) -> None:
+        await asyncio.sleep(_REVIEW_S)
+        await self._review()
+        await asyncio.sleep(_REVIEWED_S)
 
     def _reload(self) -> None:
         try:
@@ -437,7 +451,7 @@ class Core:
             self._make_fleet().start()
         self._hold(self.config)
         if config.models != models:
-            self._reviewing = asyncio.ensure_future(self._review())
+            self._review_for(f"configuration {id(config)}", self._review)
         _LOG.info("configuration reloaded; limits of sockets, store and memory hold from the next start on")
 
     def _hold(self, config: Config) -> None:
