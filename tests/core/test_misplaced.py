@@ -21,7 +21,7 @@ from agent.base.errors import AgentError
 from tests import onnx_models
 from tests.core.conftest import Agent
 from tests.core.test_daemon import X, bundle, linear_file, reference
-from tests.core.test_damage import GOOD, HURT, WAYS, check, hurt_device, template, told  # noqa: F401 - two are fixtures
+from tests.core.test_damage import GOOD, HURT, NO_FORMS, WAYS, check, hurt_device, template, told  # noqa: F401 - two are fixtures
 
 NEWER = onnx_models.linear(5)
 #: Whom the daemon runs as where files belong to others.
@@ -33,6 +33,7 @@ def ages(tmp_path_factory):
     """State folders of one device: ``first`` has version 1.0.0, ``second`` 2.0.0 too, ``third`` has another key."""
     folder = Path(tempfile.mkdtemp(prefix="ea-", dir="/tmp"))
     device = Agent(folder)
+    device.config.write_text(NO_FORMS)
     device.start()
 
     def keep(name):
@@ -62,6 +63,7 @@ def replace(device, ages, name, taken_from):
     """The device as it was at the age ``name``, but for one part, which is of the age ``taken_from``."""
     age, part = taken_from
     shutil.copytree(ages / name, device.state)
+    device.config.write_text(NO_FORMS)
     place = device.state / part
     if place.is_dir():
         shutil.rmtree(place)
@@ -161,6 +163,7 @@ def test_an_older_version_in_the_place_of_the_newer(agent, ages, kind):
     new = {name.partition(".")[0] for name in files("second") - files("first")}
     assert len(new) == 1
     shutil.copytree(ages / "second", agent.state)
+    agent.config.write_text(NO_FORMS)
     blobs = agent.state / "store" / "blobs"
     wanted = {path for path in blobs.iterdir() if path.name.endswith(".header") == (kind == "header")}
     newer = {path for path in wanted if path.name.partition(".")[0] in new}

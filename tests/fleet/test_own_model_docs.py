@@ -58,8 +58,9 @@ def test_the_commands_of_the_how_to_run(
     folder.mkdir()
     for name in ("large.onnx", "pruned.onnx"):
         (folder / name).write_bytes(model)
-    (json_block,) = blocks(HOW_TO, "json")
-    (folder / "model.json").write_text(json_block, encoding="utf-8")
+    whole, joining = blocks(HOW_TO, "json")
+    manifest = json.loads(whole) | json.loads(f"{{{joining}}}")
+    (folder / "model.json").write_text(json.dumps(manifest), encoding="utf-8")
     images = np.zeros((2, 1, 8, 8), "f4")
     np.savez(folder / "golden.npz", **{"input/image": images, "output/scores": np.zeros((2, 10), "f4")})
     commands = [line for block in blocks(HOW_TO, "sh") for line in block.splitlines() if "edge-fleet pack" in line]
