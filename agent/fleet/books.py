@@ -1,4 +1,4 @@
-"""The fleet's books, opened together: keys and devices, jobs, and what was heard."""
+"""The fleet's books, opened together: keys and devices, versions, jobs, and what was heard."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import TracebackType
 from agent.fleet.database import Database
 from agent.fleet.documents import Documents
 from agent.fleet.registry import Registry
+from agent.fleet.releases import Releases
 from agent.fleet.words import Words
 
 
@@ -17,6 +18,7 @@ class Books:
     def __init__(self, path: Path) -> None:
         self.database = Database(path)
         self.registry = Registry(self.database)
+        self.releases = Releases(self.database)
         self.documents = Documents(self.database)
         self.words = Words(self.database)
 

@@ -45,6 +45,13 @@ MIGRATIONS = (
     CREATE TABLE questions(n INTEGER PRIMARY KEY, rpc_id TEXT NOT NULL, device TEXT NOT NULL, op TEXT NOT NULL,
         keyids TEXT NOT NULL, asked TEXT NOT NULL, answered TEXT, outcome TEXT);
     """,
+    """
+    CREATE TABLE releases(model TEXT NOT NULL, version TEXT NOT NULL, manifest BLOB NOT NULL, state TEXT NOT NULL,
+        changed TEXT NOT NULL, PRIMARY KEY(model, version));
+    CREATE TABLE payloads(model TEXT NOT NULL, version TEXT NOT NULL, part TEXT NOT NULL, payload TEXT NOT NULL,
+        payload_size INTEGER NOT NULL, size INTEGER NOT NULL, sha256 TEXT NOT NULL, header BLOB NOT NULL,
+        PRIMARY KEY(model, version, part));
+    """,
 )
 _BUSY_S = 20.0
 

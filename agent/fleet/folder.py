@@ -108,6 +108,36 @@ class Folder:
         """Held by whichever command has the persistent session at the broker."""
         return self.path / "session.lock"
 
+    @property
+    def repository(self) -> Path:
+        """What is published, and the keys that vouch for it."""
+        return self.path / "repository"
+
+    @property
+    def site(self) -> Path:
+        """The repository's static files: all that a web server needs."""
+        return self.repository / "public"
+
+    @property
+    def role_keys(self) -> Path:
+        """The private keys of the repository's roles."""
+        return self.repository / "keys"
+
+    @property
+    def identity_key(self) -> Path:
+        """Opens every payload that was published."""
+        return self.role_keys / "identity.key"
+
+    @property
+    def publisher_lock(self) -> Path:
+        """Held by whichever command changes what is published."""
+        return self.repository / "lock"
+
+    @property
+    def shipped_root(self) -> Path:
+        """The repository's root that goes to every device."""
+        return self.image / "root.json"
+
     def signing_key(self, name: str) -> Path:
         """A private key that signs jobs. ``name`` was checked."""
         return self.path / "keys" / f"{name}.key"

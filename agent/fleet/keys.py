@@ -18,6 +18,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from agent.base.errors import DamagedError, NotFoundError, PeerError, RefusedError
 from agent.base.files import read_bounded
@@ -32,7 +33,7 @@ _MOST_BYTES = 1 << 16
 _ATTEMPTS = 3
 _ENCRYPTED = b"-----BEGIN ENCRYPTED PRIVATE KEY-----"
 
-PrivateKey = Ed25519PrivateKey | EllipticCurvePrivateKey
+PrivateKey = Ed25519PrivateKey | EllipticCurvePrivateKey | X25519PrivateKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +135,8 @@ def _decoded(path: Path, data: bytes, password: bytes | None) -> object:
 
 
 def _checked(key: object, path: Path) -> PrivateKey:
-    if not isinstance(key, Ed25519PrivateKey | EllipticCurvePrivateKey):
-        raise DamagedError(f"cannot use {path}: it is neither an Ed25519 nor an EC key")
+    if not isinstance(key, Ed25519PrivateKey | EllipticCurvePrivateKey | X25519PrivateKey):
+        raise DamagedError(f"cannot use {path}: it is neither an Ed25519, an X25519 nor an EC key")
     return key
 
 

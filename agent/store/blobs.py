@@ -117,17 +117,35 @@ class Blobs:
         if stream.payload_size(ref.size) != ref.payload_size:
             raise AgeError("payload and plaintext sizes do not belong together")
         with (
-            self._open(ref) as fd,
+            self._open_file(self._folder / ref.payload, ref.payload_size) as fd,
             contextlib.closing(_decrypted(fd, ref.payload_size, file_key)) as pieces,
             self._pace.timed("reading a model", ref.payload_size),
         ):
             return hold(pieces, ref.size)
 
+    def examine(self, path: Path, payload_size: int, file_key: bytes) -> Draft:
+        """A payload that was written elsewhere, as a draft: hashed, decrypted in memory and flushed where it lies.
+
+        AgeError when it has another size or does not open with ``file_key``.
+        """
+        sealed_digest, plain_digest = hashlib.sha256(), hashlib.sha256()
+        size = 0
+        with (
+            self._open_file(path, payload_size) as fd,
+            contextlib.closing(_decrypted(fd, payload_size, file_key, sealed_digest.update)) as pieces,
+        ):
+            for piece in pieces:
+                plain_digest.update(piece)
+                size += len(piece)
+            os.fsync(fd)
+        self._step("payload examined")
+        return Draft(path, sealed_digest.hexdigest(), payload_size, size, plain_digest.hexdigest())
+
     def check(self, ref: BlobRef, progress: Callable[[int], None]) -> None:
         """Hash a payload; AgeError unless it is what its name says. ``progress`` is told each number of bytes read."""
         digest = hashlib.sha256()
         buffer = bytearray(_PIECE_BYTES)
-        with self._open(ref) as fd:
+        with self._open_file(self._folder / ref.payload, ref.payload_size) as fd:
             offset = 0
             while count := _pread(fd, [memoryview(buffer)], offset):
                 digest.update(memoryview(buffer)[:count])
@@ -178,13 +196,13 @@ class Blobs:
         return Draft(path, sealed_digest.hexdigest(), payload_size, size, plain_digest.hexdigest())
 
     @contextlib.contextmanager
-    def _open(self, ref: BlobRef) -> Iterator[int]:
+    def _open_file(self, path: Path, payload_size: int) -> Iterator[int]:
         with reading("payload"):
-            fd = os.open(self._folder / ref.payload, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_size != ref.payload_size:
-                raise AgeError(f"payload has {status.st_size} bytes, {ref.payload_size} expected")
+            if not stat.S_ISREG(status.st_mode) or status.st_size != payload_size:
+                raise AgeError(f"payload has {status.st_size} bytes, {payload_size} expected")
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             yield fd
         finally:
@@ -199,10 +217,17 @@ def pieces_of(source: int | Iterable[Bytes]) -> Iterator[Bytes]:
         raise PeerError(f"cannot read source: {error.strerror or error}") from error
 
 
-def _decrypted(fd: int, payload_size: int, file_key: bytes) -> Generator[memoryview, None, None]:
-    """Authentic plaintext in order, in a buffer that is used again. Zeroed at the end, however it ends."""
+def _decrypted(
+    fd: int, payload_size: int, file_key: bytes, seen: Callable[[memoryview], None] | None = None
+) -> Generator[memoryview, None, None]:
+    """Authentic plaintext in order, in a buffer that is used again. Zeroed at the end, however it ends.
+
+    ``seen`` is told the ciphertext, each piece before its plaintext is given out.
+    """
     nonce = bytearray(NONCE_BYTES)
     _pread_fully(fd, memoryview(nonce), 0)
+    if seen is not None:
+        seen(memoryview(nonce))
     chunks = stream.Chunks(file_key, bytes(nonce))
     total = max(1, -(-(payload_size - NONCE_BYTES) // SEALED_CHUNK_BYTES))
     sealed, plain = _take_buffers()
@@ -212,6 +237,8 @@ def _decrypted(fd: int, payload_size: int, file_key: bytes) -> Generator[memoryv
         for first in range(0, total, _BATCH):
             length = min(len(sealed), payload_size - offset)
             _pread_fully(fd, sealed[:length], offset)
+            if seen is not None:
+                seen(sealed[:length])
             offset += length
             used = max(used, length)
             yield plain[: _open_batch(chunks, first, total, sealed[:length], plain)]

@@ -22,6 +22,7 @@ class _Reservation:
     size: int = 0
     announced: int = 0
     written: int = 0
+    on_disk: bool = False
 
 
 class Space:
@@ -44,12 +45,13 @@ class Space:
         return status.f_bavail * status.f_frsize
 
     @contextlib.contextmanager
-    def reserve(self, size: int) -> Iterator[Callable[[int], None]]:
+    def reserve(self, size: int, *, on_disk: bool = False) -> Iterator[Callable[[int], None]]:
         """Hold ``size`` bytes for the block. The value given is told each total before the bytes up to it are written.
 
-        TooLargeError when it can never fit, TryLaterError when it does not fit now.
+        ``on_disk``: the bytes lie on this file system already and need room in the quota alone. TooLargeError when it
+        can never fit, TryLaterError when it does not fit now.
         """
-        reservation = _Reservation()
+        reservation = _Reservation(on_disk=on_disk, written=size if on_disk else 0)
 
         def grow(total: int) -> None:
             with self._lock:
@@ -80,7 +82,7 @@ class Space:
                 hint="remove a model, run 'edge-agent store gc', or raise the store's quota",
             )
         unwritten = sum(max(0, other.size - other.written) for other in self._reservations)
-        if self.free() < unwritten + more + MARGIN_BYTES:
+        if self.free() < unwritten + (0 if reservation.on_disk else more) + MARGIN_BYTES:
             raise TryLaterError(
                 f"cannot store: the disk has {self.free()} bytes free",
                 hint="free space where the state folder is",

@@ -156,14 +156,41 @@ class Store:
             found = {name: getattr(draft, name) for name in ("payload", "payload_size", "size", "sha256")}
             return self._keep(draft, identity.model_copy(update=found), key)
 
+    def adopt_blob(
+        self, model: str, version: str, part: str, path: Path, *, payload: str, size: int, sha256: str, file_key: bytes
+    ) -> BlobRef:
+        """Take over the payload at ``path``, which somebody else encrypted, as it is; not yet committed.
+
+        The file is moved, so it must lie on the store's file system. ``payload`` is the SHA-256 (hex) of its bytes,
+        ``size`` and ``sha256`` those of the plaintext, ``file_key`` what it opens with: all is checked, in memory,
+        before anything is moved. PeerError when something does not agree, ConflictError while the same payload is
+        being added for something else, TooLargeError or TryLaterError when the quota is short; the file stays then.
+        """
+        self._now()
+        identity = blank_ref(model, version, part)
+        sealed_size = stream.payload_size(size)
+        with storage(f"cannot take over {part}"), self._space.reserve(sealed_size, on_disk=True):
+            try:
+                draft = self._blobs.examine(path, sealed_size, file_key)
+            except AgeError as error:
+                raise PeerError(f"cannot take over {part}: {error}") from error
+            if (draft.payload, draft.sha256) != (payload, sha256):
+                what = "payload" if draft.payload != payload else "content"
+                raise PeerError(f"cannot take over {part}: its {what} is another than was promised")
+            found = {name: getattr(draft, name) for name in ("payload", "payload_size", "size", "sha256")}
+            return self._keep(draft, identity.model_copy(update=found), file_key)
+
     def _keep(self, draft: Draft, ref: BlobRef, key: bytes) -> BlobRef:
         """Give a draft its name and header. Under the lock: no sweep comes between, and no rotation."""
         with self._lock:
+            pending = self._pending.get(ref.payload)
+            if pending and (pending.model, pending.version, pending.part) != (ref.model, ref.version, ref.part):
+                raise ConflictError(f"cannot add {ref.part}: its payload is being added as {pending.part}")
             self._blobs.keep(draft)
             try:
                 sealed = put_header(self._blobs, ref, key, self.secret, self._random)
             except BaseException:
-                self._blobs.delete(ref.payload)
+                self._drop(ref)
                 raise
             self._pending[ref.payload] = sealed
         return sealed
@@ -174,9 +201,15 @@ class Store:
             self._now()
             for ref in refs:
                 if self._pending.pop(ref.payload, None):
-                    self._blobs.delete(ref.header)
-                    self._blobs.delete(ref.payload)
+                    self._drop(ref)
             self._blobs.flush()
+
+    def _drop(self, ref: BlobRef) -> None:
+        """Delete the files of a blob but those that something else needs: a payload taken over twice is one file."""
+        needed = frozenset[str]().union(*self._needed())
+        for name in (ref.header, ref.payload):
+            if name not in needed:
+                self._blobs.delete(name)
 
     def read(self, ref: BlobRef) -> Plaintext:
         """Decrypt into sealed memory; the caller closes it. May run in many threads.
