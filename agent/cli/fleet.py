@@ -25,6 +25,7 @@ from agent.cli import (
     fleet_jobs,
     fleet_keys,
     fleet_pack,
+    fleet_repository,
     fleet_rpc,
     fleet_watch,
 )
@@ -32,7 +33,7 @@ from agent.cli.fleet_common import UsageError
 from agent.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, print_error
 
 _ABOUT = """\
-Packs models for devices that run edge-agent, enrols devices, gives them signed jobs, asks them
+Packs and publishes models for devices that run edge-agent, enrols devices, gives them signed jobs, asks them
 questions and watches them.
 
 What a fleet is made of lives in one folder: --fleet DIR, else EDGE_FLEET_DIR, else
@@ -100,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     fleet_desired.register(commands, common)
     fleet_watch.register(commands, common)
     fleet_pack.register(commands, output)
+    fleet_repository.register(commands, common)
     return top
 
 

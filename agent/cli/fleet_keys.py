@@ -29,6 +29,8 @@ from agent.cli.fleet_common import (
     say,
     table,
 )
+from agent.cli.fleet_repository import add_places
+from agent.cli.fleet_role_keys import is_role_key, register_rotate, revoke_role_key
 from agent.cli.terminal import print_json
 from agent.fleet import keys as keyring
 from agent.fleet.authority import Kind
@@ -57,7 +59,7 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
         commands,
         common,
         "keys",
-        "the keys that devices obey: list, add, revoke, export, sign",
+        "the keys that devices obey: list, add, revoke, rotate, export, sign",
         about="A device obeys the keys that there are when it is enrolled, each in the classes of operations (observe, "
         "change, destroy) that it was given. destroy needs two keys, best of two people in two folders.",
     )
@@ -88,12 +90,15 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
         "revoke",
         "use a key no more",
         about="It signs nothing here any more and is left out of enrolments to come. Devices that were enrolled with "
-        "it go on obeying it until they are enrolled again.",
-        examples="  edge-fleet keys revoke ann\n",
+        "it go on obeying it until they are enrolled again. A key of the repository (ROLE-N) is taken out of its role, "
+        "which devices learn by themselves.",
+        examples="  edge-fleet keys revoke ann\n  edge-fleet keys revoke models-1 --keys /media/stick\n",
     )
     revoke.set_defaults(run=_revoke, doing="revoke a key")
     revoke.add_argument("name", metavar="NAME", help="the key")
     revoke.add_argument("--yes", action="store_true", help="do not ask")
+    add_places(revoke)
+    register_rotate(actions, common)
     export = manual(
         actions, common, "export", "print a public key", examples="  edge-fleet keys export bob | tee bob.pub\n"
     )
@@ -202,6 +207,10 @@ def _add(options: argparse.Namespace) -> int:
 def _revoke(options: argparse.Namespace) -> int:
     folder, books = _keyring(options)
     with books:
+        if is_role_key(options.name, folder) and options.name not in {
+            row.name for row in books.registry.signing_keys()
+        }:
+            return revoke_role_key(options)
         if options.name not in {row.name for row in books.registry.signing_keys()}:
             raise NotFoundError(f"cannot revoke '{options.name}': there is no such key", hint="edge-fleet keys list")
         confirm(f"Revoke the key '{options.name}'?", yes=options.yes)

@@ -24,14 +24,14 @@ from agent.fleet.repository import load
 from agent.store import stream
 from agent.store.age import MAX_HEADER_BYTES, AgeError, Identity, open_header, parse_header
 from agent.trust.repository import Repository, State, Target
-from agent.trust.wants import DeliveryDelayed, DeliveryRefused, Want, header_target, manifest_target, payload_target
+from agent.trust.wants import DelayError, DeliveryError, Want, header_target, manifest_target, payload_target
 
 _CHUNK = 1 << 20
 Progress = Callable[[str, int, int], None]
 
 
 class FolderWants:
-    """Wants answered from a folder, as a web server would. ``TRUST`` nothing of it: that is the checker's part."""
+    """Wants answered from a folder, as a web server would: nothing of it is believed for that."""
 
     def __init__(self, site: Path) -> None:
         self._site = site
@@ -41,9 +41,9 @@ class FolderWants:
         try:
             data = read_bounded(self._site / want.path, want.most + 1)
         except FileNotFoundError as error:
-            raise DeliveryDelayed("not_found", f"{want.path} is not there") from error
+            raise DelayError("not_found", f"{want.path} is not there") from error
         if len(data) > want.most:
-            raise DeliveryRefused("too_long", f"{want.path} has more than {want.most} bytes")
+            raise DeliveryError("too_long", f"{want.path} has more than {want.most} bytes")
         return data
 
 
@@ -65,7 +65,7 @@ def check_site(
     identity: Identity | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Checked:
-    """Check a folder. DeliveryRefused or DeliveryDelayed when devices would not believe it at all, DamagedError, OSError."""
+    """Check a folder. DeliveryError or DelayError when devices would not believe it, DamagedError, OSError."""
     with tempfile.TemporaryDirectory(prefix="edge-fleet-verify-") as folder:
         always = TrustedClock(clock, "always", datetime.fromtimestamp(0, clock.now().tzinfo))
         repository = Repository(Path(folder), shipped_root, FolderWants(site), always)
@@ -94,7 +94,7 @@ def _check_file(site: Path, target: Target) -> None:
             digest.update(block)
             length += len(block)
     if length != target.length or digest.hexdigest() != target.sha256:
-        raise DeliveryRefused("wrong_content", f"{target.file} is not what is listed")
+        raise DeliveryError("wrong_content", f"{target.file} is not what is listed")
 
 
 def _check_release(
@@ -111,9 +111,7 @@ def _check_release(
         yield f"{model} {version}: {error}"
 
 
-def _check_payloads(
-    repository: Repository, site: Path, manifest: Manifest, identity: Identity | None
-) -> Iterator[str]:
+def _check_payloads(repository: Repository, site: Path, manifest: Manifest, identity: Identity | None) -> Iterator[str]:
     for ref in manifest.files():
         where = f"{manifest.name} {manifest.version} {ref.name}"
         payload = repository.find(payload_target(manifest.name, manifest.version, ref.name))

@@ -29,7 +29,16 @@ from agent.fleet.releases import Payload
 from agent.fleet.repository import Repository
 from agent.fleet.roles import read_recipient
 from agent.store import stream
-from agent.store.age import FILE_KEY_BYTES, AgeError, Identity, Recipient, open_header, parse_header, seal_x25519, write_header
+from agent.store.age import (
+    FILE_KEY_BYTES,
+    AgeError,
+    Identity,
+    Recipient,
+    open_header,
+    parse_header,
+    seal_x25519,
+    write_header,
+)
 from agent.trust.grants import Grant, Purpose, seal_grant
 from agent.trust.wants import METADATA, TARGETS, header_target, manifest_target, payload_target, target_file
 
@@ -103,7 +112,9 @@ def unpublish(repository: Repository, books: Books, name: str, version: str) -> 
     paths = [path for path in models if path.startswith(f"models/{name}/{version}/")]
     known = books.releases.find(name, version)
     if known is None and not paths:
-        raise NotFoundError(f"cannot unpublish {name} {version}: it is not published", hint="edge-fleet repository show")
+        raise NotFoundError(
+            f"cannot unpublish {name} {version}: it is not published", hint="edge-fleet repository show"
+        )
     with books.database.transaction():
         books.releases.withdraw(name, version, iso(repository.now))
     if paths:

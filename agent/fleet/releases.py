@@ -86,7 +86,8 @@ class Releases:
     def withdraw(self, model: str, version: str, now: str) -> None:
         """A version that is given out no more; the record of what it was stays."""
         self._sql.execute(
-            "UPDATE releases SET state = 'withdrawn', changed = ? WHERE model = ? AND version = ?", (now, model, version)
+            "UPDATE releases SET state = 'withdrawn', changed = ? WHERE model = ? AND version = ?",
+            (now, model, version),
         )
 
 

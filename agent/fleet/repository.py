@@ -21,11 +21,13 @@ from tuf.api.metadata import (
     Key,
     Metadata,
     MetaFile,
-    Role as TufRole,
     Root,
     Snapshot,
     Targets,
     Timestamp,
+)
+from tuf.api.metadata import (
+    Role as TufRole,
 )
 from tuf.api.serialization.json import JSONSerializer
 
@@ -65,8 +67,10 @@ class Edition:
         """Who may sign a role, and how many must."""
         if role != "models":
             return self.root.signed.roles[role]
-        assert self.targets.signed.delegations is not None and self.targets.signed.delegations.roles is not None
-        return self.targets.signed.delegations.roles["models"]
+        delegations = self.targets.signed.delegations
+        assert delegations is not None
+        assert delegations.roles is not None
+        return delegations.roles["models"]
 
     def signed_by_its_keys(self, role: Role) -> bool:
         """Whether enough of the keys that count now have signed it."""
@@ -76,7 +80,7 @@ class Edition:
 
 
 class Repository:
-    """The repository of a fleet's folder, open for changes. ``edition`` is changed in place, then ``save`` writes it."""
+    """The repository of a fleet's folder, open for changes: ``edition`` is changed in place, ``save`` writes it."""
 
     def __init__(self, folder: Folder, passwords: Passwords, now: datetime, elsewhere: Iterable[Path] = ()) -> None:
         self.folder = folder
@@ -142,7 +146,9 @@ class Repository:
         self.save()
         return missed
 
-    def rotate(self, role: Role, gone: Iterable[str], made: int, password: bytes | None, threshold: int = 0) -> list[str]:
+    def rotate(
+        self, role: Role, gone: Iterable[str], made: int, password: bytes | None, threshold: int = 0
+    ) -> list[str]:
         """Take the keys ``gone`` (names) out of a role and put ``made`` new ones in; the names of the new ones.
 
         The change is only in ``edition`` until ``save``; the files of new keys are there at once. NotFoundError,
@@ -152,11 +158,15 @@ class Repository:
         by_name = {name: keyid for keyid, name in self.keys.names().items() if keyid in rule.keyids}
         unknown = [name for name in gone if name not in by_name]
         if unknown:
-            raise NotFoundError(f"cannot take {unknown[0]} out of {role}: it is none of its keys", hint="repository show")
+            raise NotFoundError(
+                f"cannot take {unknown[0]} out of {role}: it is none of its keys", hint="repository show"
+            )
         threshold = threshold or rule.threshold
         leaving = [by_name[name] for name in gone]
         if len(rule.keyids) - len(leaving) + made < threshold:
-            raise RefusedError(f"cannot change the keys of {role}: {threshold} of them must sign, too few would be left")
+            raise RefusedError(
+                f"cannot change the keys of {role}: {threshold} of them must sign, too few would be left"
+            )
         delegator: Root | Targets = self.edition.targets.signed if role == "models" else self.edition.root.signed
         if isinstance(delegator, Root):
             self._before_root_changes()
@@ -186,7 +196,9 @@ class Repository:
         able = dict.fromkeys([*previous.signed.roles["root"].keyids, *signed.roles["root"].keyids])
         for keyid in self.keys.held(able):
             edition.root.sign(self.keys.signer(keyid, self._passwords), append=True)
-        result = signed.get_root_verification_result(previous.signed, edition.root.signed_bytes, edition.root.signatures)
+        result = signed.get_root_verification_result(
+            previous.signed, edition.root.signed_bytes, edition.root.signatures
+        )
         if not result:
             names = self.keys.names()
             missing = ", ".join(sorted(names.get(keyid, keyid) for keyid in result.unsigned))
@@ -227,7 +239,7 @@ class Repository:
                 rule = self.edition.rule(role)
                 known = ", ".join(sorted(names.get(keyid, keyid) for keyid in rule.keyids))
                 raise RefusedError(
-                    f"cannot sign {role}: {rule.threshold} of {known} must sign, {len(self.keys.held(rule.keyids))} are here",
+                    f"cannot sign {role}: {rule.threshold} of {known} must sign, not so many are here",
                     hint="--keys names a folder that has them",
                 )
 
@@ -283,7 +295,9 @@ def found_repository(
         make_identity(folder, password)
         keys = RoleKeys(folder)
         repository = Repository(folder, passwords, now)
-        repository._edition = _empty({role: [keys.make(role, password) for _ in range(rules[role].keys)] for role in ROLES})
+        repository._edition = _empty(
+            {role: [keys.make(role, password) for _ in range(rules[role].keys)] for role in ROLES}
+        )
         for role in ROLES:
             repository.edition.rule(role).threshold = rules[role].threshold
             repository.edition.of(role).signed.expires = repository._until(role)
@@ -358,7 +372,9 @@ def write_metadata(site: Path, role: Role, metadata: Metadata[Any]) -> bytes:
     limits = Limits()
     most = {"root": limits.root_bytes, "snapshot": limits.snapshot_bytes, "timestamp": limits.timestamp_bytes}
     if len(data) > most.get(role, limits.targets_bytes):
-        raise PeerError(f"cannot write {role}: {len(data)} bytes are more than devices take", hint="unpublish old versions")
+        raise PeerError(
+            f"cannot write {role}: {len(data)} bytes are more than devices take", hint="unpublish old versions"
+        )
     name = "timestamp.json" if role == "timestamp" else f"{metadata.signed.version}.{role}.json"
     write_atomically(site / METADATA / name, data, mode=0o644)
     return data

@@ -62,7 +62,9 @@ class RoleKeys:
         name = f"{role}-{max(taken, default=0) + 1}"
         key = Ed25519PrivateKey.generate()
         write_new(self._folder / f"{name}.key", private_pem(key, password))
-        write_new(self._folder / f"{name}.pub", base64.b64encode(key.public_key().public_bytes_raw()) + b"\n", mode=0o644)
+        write_new(
+            self._folder / f"{name}.pub", base64.b64encode(key.public_key().public_bytes_raw()) + b"\n", mode=0o644
+        )
         return SSlibKey.from_crypto(key.public_key())
 
     def names(self) -> dict[str, str]:
@@ -80,7 +82,9 @@ class RoleKeys:
             name = self.names().get(keyid, keyid)
             path = self._file(name)
             if path is None:
-                raise NotFoundError(f"cannot sign with {name}: its private key is not here", hint="--keys names a folder")
+                raise NotFoundError(
+                    f"cannot sign with {name}: its private key is not here", hint="--keys names a folder"
+                )
             key = passwords.open(path)
             if not isinstance(key, Ed25519PrivateKey) or SSlibKey.from_crypto(key.public_key()).keyid != keyid:
                 raise DamagedError(f"cannot sign with {path}: it holds another key than {name}")

@@ -33,7 +33,7 @@ from tuf.ngclient.fetcher import FetcherInterface
 from agent.base.clock import TrustedClock, iso
 from agent.base.errors import DamagedError
 from agent.base.files import fsync_directory
-from agent.trust.wants import METADATA, TARGETS, DeliveryDelayed, DeliveryRefused, Want, Wants, ids, target_file
+from agent.trust.wants import METADATA, TARGETS, DelayError, DeliveryError, Want, Wants, ids, target_file
 
 _HISTORY = "root_history"
 _REFRESH_HINT = "the operator refreshes it (edge-fleet refresh); what is installed goes on as it is"
@@ -41,7 +41,7 @@ _REFRESH_HINT = "the operator refreshes it (edge-fleet refresh); what is install
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much is taken of each file, and how long is waited: ``patience_s`` and the bytes at ``least_rate`` a second."""
+    """How much is taken of each file, and how long is waited: ``patience_s``, and longer at ``least_rate`` bytes/s."""
 
     root_rotations: int = 64
     delegations: int = 8
@@ -114,7 +114,7 @@ class Repository:
         self._flushed: set[tuple[int, int]] = set()
 
     def refresh(self) -> State:
-        """Bring root, timestamp, snapshot and targets up to date; what was found. DeliveryRefused, DeliveryDelayed.
+        """Bring root, timestamp, snapshot and targets up to date; what was found. DeliveryError, DelayError.
 
         DamagedError when the folder cannot be written even after it was begun anew.
         """
@@ -134,23 +134,23 @@ class Repository:
         return state
 
     def find(self, path: str) -> Target:
-        """A target by its path. DeliveryRefused not_listed where nobody whom the repository trusts lists it; others."""
+        """A target by its path. DeliveryError not_listed where nobody whom the repository trusts lists it; others."""
         updater = self._current()
         with self._refusals(), self._disk():
             info = updater.get_targetinfo(path)
         self._flush()
         if info is None or info.path != path:
-            raise DeliveryRefused("not_listed", f"{path} is not in the repository, or listed by none who may")
+            raise DeliveryError("not_listed", f"{path} is not in the repository, or listed by none who may")
         return _target(info)
 
     def read(self, path: str, most: int) -> bytes:
-        """The content of a small target, such as a manifest. DeliveryRefused too_long beyond ``most`` bytes; others."""
+        """The content of a small target, such as a manifest. DeliveryError too_long beyond ``most`` bytes; others."""
         target = self.find(path)
         if target.length > most:
-            raise DeliveryRefused("too_long", f"{path} has {target.length} bytes, {most} are allowed")
+            raise DeliveryError("too_long", f"{path} has {target.length} bytes, {most} are allowed")
         data = self._fetcher.bring(self.want(target))
         if len(data) != target.length or hashlib.sha256(data).hexdigest() != target.sha256:
-            raise DeliveryRefused("wrong_content", f"{path} is not what the repository lists")
+            raise DeliveryError("wrong_content", f"{path} is not what the repository lists")
         return data
 
     def want(self, target: Target) -> Want:
@@ -186,8 +186,10 @@ class Repository:
                 bootstrap=self._root,
             )
         except RepositoryError as error:
-            raise DeliveryRefused(
-                "bad_root", f"the root that came with this device does not hold: {error}", hint="give it a new root.json"
+            raise DeliveryError(
+                "bad_root",
+                f"the root that came with this device does not hold: {error}",
+                hint="give it a new root.json",
             ) from error
         # ngclient has no other way to be told the time; tests/trust/test_repository.py holds it to this one.
         updater._trusted_set.reference_time = self._reference()
@@ -218,7 +220,7 @@ class Repository:
             if known is None or mark.version >= known.version:
                 continue
             if role == Root.type or mark.keys == known.keys:
-                raise DeliveryRefused(
+                raise DeliveryError(
                     "rollback", f"its {role} has version {mark.version}, this device has seen {known.version}"
                 )
 
@@ -245,19 +247,19 @@ class Repository:
             yield
         except ExpiredMetadataError as error:
             moment = iso(self._reference())
-            raise DeliveryRefused(
+            raise DeliveryError(
                 "expired", f"{error}, and it is {moment} or later: nothing new is installed", hint=_REFRESH_HINT
             ) from error
         except BadVersionNumberError as error:
-            raise DeliveryRefused("rollback", f"a version is not the one that belongs there: {error}") from error
+            raise DeliveryError("rollback", f"a version is not the one that belongs there: {error}") from error
         except UnsignedMetadataError as error:
-            raise DeliveryRefused("bad_signature", f"too few of the keys that count have signed: {error}") from error
+            raise DeliveryError("bad_signature", f"too few of the keys that count have signed: {error}") from error
         except LengthOrHashMismatchError as error:
-            raise DeliveryRefused("mixed", f"its files do not belong together: {error}") from error
+            raise DeliveryError("mixed", f"its files do not belong together: {error}") from error
         except RepositoryError as error:
-            raise DeliveryRefused("malformed", str(error)) from error
+            raise DeliveryError("malformed", str(error)) from error
         except DownloadError as error:
-            raise DeliveryDelayed("not_found", str(error)) from error
+            raise DelayError("not_found", str(error)) from error
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -284,19 +286,19 @@ class _Fetcher(FetcherInterface):
         return Want(self._name(), path, most, within, length, sha256)
 
     def bring(self, want: Want) -> bytes:
-        """Its bytes, whoever answers. DeliveryRefused too_long, DeliveryDelayed."""
+        """Its bytes, whoever answers. DeliveryError too_long, DelayError."""
         try:
             data = self._wants.fetch(want)
         except OSError as error:  # of whoever fetches: it must not pass for trouble with our own folder
-            raise DeliveryDelayed("unreachable", f"{want.path}: {error.strerror or error}") from error
+            raise DelayError("unreachable", f"{want.path}: {error.strerror or error}") from error
         if len(data) > want.most:
-            raise DeliveryRefused("too_long", f"{want.path} has more than {want.most} bytes")
+            raise DeliveryError("too_long", f"{want.path} has more than {want.most} bytes")
         return data
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
         try:
             return self.bring(self.want(url, max_length))
-        except DeliveryDelayed as error:
+        except DelayError as error:
             if error.code != "not_found":
                 raise
             # The one absence that has a meaning: there is no newer root.
@@ -309,7 +311,7 @@ class _Fetcher(FetcherInterface):
 def _target(info: TargetFile) -> Target:
     sha256 = info.hashes.get("sha256")
     if sha256 is None or len(sha256) != hashlib.sha256().digest_size * 2 or set(sha256) - set("0123456789abcdef"):
-        raise DeliveryRefused("malformed", f"{info.path} is listed without a SHA-256")
+        raise DeliveryError("malformed", f"{info.path} is listed without a SHA-256")
     return Target(info.path, info.length, sha256)
 
 

@@ -28,7 +28,7 @@ METADATA = "metadata"
 TARGETS = "targets"
 
 
-class DeliveryRefused(RefusedError):
+class DeliveryError(RefusedError):
     """What the repository brought is not believed. ``code`` is its reason."""
 
     def __init__(self, code: Reason, text: str, *, hint: str = "") -> None:
@@ -36,7 +36,7 @@ class DeliveryRefused(RefusedError):
         self.code = code
 
 
-class DeliveryDelayed(TryLaterError):
+class DelayError(TryLaterError):
     """The repository did not bring something. ``code`` is its reason."""
 
     def __init__(self, code: Delay, text: str, *, hint: str = "") -> None:
@@ -64,7 +64,7 @@ class Wants(Protocol):
     """Where wants are answered."""
 
     def fetch(self, want: Want) -> bytes:
-        """The bytes. Blocks until they are there. DeliveryRefused too_long; DeliveryDelayed."""
+        """The bytes. Blocks until they are there. DeliveryError too_long; DelayError."""
         ...
 
 
@@ -72,7 +72,7 @@ class Wants(Protocol):
 class _Waiting:
     want: Want
     data: bytes | None = None
-    error: DeliveryRefused | DeliveryDelayed | None = None
+    error: DeliveryError | DelayError | None = None
     ended: bool = field(default=False)
 
 
@@ -93,14 +93,14 @@ class Desk:
         entry = _Waiting(want)
         with self._changed:
             if self._stopped:
-                raise DeliveryDelayed("stopped", "the agent is stopping")
+                raise DelayError("stopped", "the agent is stopping")
             if len(self._waiting) >= self._most_at_once or want.id in self._waiting:
-                raise DeliveryDelayed("too_many", f"{len(self._waiting)} things are being fetched already")
+                raise DelayError("too_many", f"{len(self._waiting)} things are being fetched already")
             self._waiting[want.id] = entry
             self._changed.notify_all()
             try:
                 if not self._changed.wait_for(lambda: entry.ended, want.within_s):
-                    raise DeliveryDelayed("too_slow", f"{want.path} did not come within {want.within_s:g} s")
+                    raise DelayError("too_slow", f"{want.path} did not come within {want.within_s:g} s")
             finally:
                 del self._waiting[want.id]
         if entry.error is not None:
@@ -117,27 +117,27 @@ class Desk:
     def put(self, want_id: str, pieces: Iterable[bytes]) -> None:
         """Bring the bytes of a want, piece by piece; outside of the lock, since the source may be slow.
 
-        NotFoundError when nobody waits for it (any more). DeliveryRefused when they are too many, or not those wanted:
+        NotFoundError when nobody waits for it (any more). DeliveryError when they are too many, or not those wanted:
         whoever waits is told the same. What ``pieces`` raises passes through, and the want stays open for another try.
         """
         entry = self._entry(want_id)
         try:
             data = take(entry.want, pieces)
-        except DeliveryRefused as error:
+        except DeliveryError as error:
             self._end(entry, None, error)
             raise
         self._end(entry, data, None)
 
     def fail(self, want_id: str, code: Delay, text: str) -> None:
         """Say that the bytes will not come. NotFoundError when nobody waits for them."""
-        self._end(self._entry(want_id), None, DeliveryDelayed(code, text))
+        self._end(self._entry(want_id), None, DelayError(code, text))
 
     def stop(self) -> None:
         """Whoever waits is told, and nobody begins to wait again."""
         with self._changed:
             self._stopped = True
             for entry in self._open_entries():
-                entry.error, entry.ended = DeliveryDelayed("stopped", "the agent is stopping"), True
+                entry.error, entry.ended = DelayError("stopped", "the agent is stopping"), True
             self._changed.notify_all()
 
     def _entry(self, want_id: str) -> _Waiting:
@@ -147,7 +147,7 @@ class Desk:
                 raise NotFoundError(f"cannot take '{want_id}': nobody waits for it")
             return entry
 
-    def _end(self, entry: _Waiting, data: bytes | None, error: DeliveryRefused | DeliveryDelayed | None) -> None:
+    def _end(self, entry: _Waiting, data: bytes | None, error: DeliveryError | DelayError | None) -> None:
         with self._changed:
             if not entry.ended:
                 entry.data, entry.error, entry.ended = data, error, True
@@ -161,16 +161,16 @@ class Desk:
 
 
 def take(want: Want, pieces: Iterable[bytes]) -> bytes:
-    """The bytes of a want, no more of them than it says. DeliveryRefused too_long, wrong_content."""
+    """The bytes of a want, no more of them than it says. DeliveryError too_long, wrong_content."""
     found = bytearray()
     for piece in pieces:
         if len(found) + len(piece) > want.most:
-            raise DeliveryRefused("too_long", f"{want.path} has more than {want.most} bytes")
+            raise DeliveryError("too_long", f"{want.path} has more than {want.most} bytes")
         found += piece
     if want.length is not None and len(found) != want.length:
-        raise DeliveryRefused("wrong_content", f"{want.path} has {len(found)} bytes, {want.length} belong there")
+        raise DeliveryError("wrong_content", f"{want.path} has {len(found)} bytes, {want.length} belong there")
     if want.sha256 is not None and hashlib.sha256(found).hexdigest() != want.sha256:
-        raise DeliveryRefused("wrong_content", f"{want.path} has another digest than was promised")
+        raise DeliveryError("wrong_content", f"{want.path} has another digest than was promised")
     return bytes(found)
 
 

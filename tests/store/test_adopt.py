@@ -1,4 +1,4 @@
-"""A payload that a publisher encrypted becomes a blob of the store as it is: the bytes stay, the header is the device's."""
+"""A payload that a publisher encrypted becomes a blob as it is: the bytes stay, the header is the device's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from agent.base.errors import ConflictError, PeerError, TooLargeError
 from agent.store import stream
 from agent.store.store import Store
-from tests.store.conftest import without_model, with_version
+from tests.store.conftest import with_version, without_model
 
 KEY = bytes(range(16))
 
@@ -24,13 +24,13 @@ def published(folder: Path, data: bytes, name: str = "download") -> tuple[Path, 
     return path, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def promised(data: bytes, payload: str, **changed: object) -> dict[str, object]:
-    found = {"payload": payload, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "file_key": KEY}
+def promised(data: bytes, digest: str, **changed: object) -> dict[str, object]:
+    found = {"payload": digest, "size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "file_key": KEY}
     return found | changed
 
 
-def adopt(store: Store, path: Path, data: bytes, payload: str, **changed: object):
-    return store.adopt_blob("m", "1.0.0", "a.onnx", path, **promised(data, payload, **changed))  # type: ignore[arg-type]
+def adopt(store: Store, path: Path, data: bytes, digest: str, **changed: object):
+    return store.adopt_blob("m", "1.0.0", "a.onnx", path, **promised(data, digest, **changed))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 300_001])
@@ -58,7 +58,9 @@ def test_a_published_payload_is_moved_and_read_under_the_devices_own_header(stor
     ],
     ids=["payload", "content", "key", "shorter", "longer"],
 )  # fmt: skip
-def test_what_does_not_agree_is_refused_and_the_file_stays_where_it_was(store: Store, change: dict[str, object]) -> None:
+def test_what_does_not_agree_is_refused_and_the_file_stays_where_it_was(
+    store: Store, change: dict[str, object]
+) -> None:
     data = os.urandom(100_000)
     path, payload = published(store.root, data)
     with pytest.raises(PeerError):

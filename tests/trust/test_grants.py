@@ -6,6 +6,7 @@ import dataclasses
 import secrets
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,8 +37,6 @@ def test_the_vector_of_the_rfc_is_sealed_and_opened() -> None:
 
 def test_what_cryptography_itself_seals_we_open_and_the_other_way_round() -> None:
     other = pytest.importorskip("cryptography.hazmat.primitives.hpke")
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-
     suite = other.Suite(other.KEM.X25519, other.KDF.HKDF_SHA256, other.AEAD.CHACHA20_POLY1305)
     theirs = suite.encrypt(KEY, X25519PublicKey.from_public_bytes(RECEIVER_PUBLIC), info=INFO)
     assert hpke.open_sealed(RECEIVER, INFO, theirs) == KEY
@@ -102,7 +101,10 @@ def test_a_cut_grant_is_refused(length: int) -> None:
     grant = granted()
     with pytest.raises(GrantError):
         open_grant(dataclasses.replace(grant, sealed=grant.sealed[:length]), [DEVICE], PURPOSE)
-    document = {**grant.document(), "sealed": dataclasses.replace(grant, sealed=grant.sealed[:length]).document()["sealed"]}
+    document = {
+        **grant.document(),
+        "sealed": dataclasses.replace(grant, sealed=grant.sealed[:length]).document()["sealed"],
+    }
     with pytest.raises(GrantError) as refused:
         Grant.parse(document)
     assert refused.value.code == "malformed"
