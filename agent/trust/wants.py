@@ -180,7 +180,7 @@ def ids(prefix: str = "w") -> Callable[[], str]:
     return lambda: f"{prefix}{next(numbers)}"
 
 
-# -- the repository's paths (docs/spec/delivery.md 2) -------------------------------------------------------------------
+# -- the repository's paths (docs/spec/delivery.md 2) -----------------------------------------------------------------
 
 
 def manifest_target(model: str, version: str) -> str:
