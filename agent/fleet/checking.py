@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import unquote
 
 from agent.base.clock import Clock, TrustedClock
 from agent.base.errors import AgentError
@@ -39,7 +40,7 @@ class FolderWants:
     def fetch(self, want: Want) -> bytes:
         """See ``Wants``."""
         try:
-            data = read_bounded(self._site / want.path, want.most + 1)
+            data = read_bounded(self._site / unquote(want.path), want.most + 1)
         except FileNotFoundError as error:
             raise DelayError("not_found", f"{want.path} is not there") from error
         if len(data) > want.most:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import quote
 
 from tuf.api.exceptions import (
     BadVersionNumberError,
@@ -155,7 +156,7 @@ class Repository:
 
     def want(self, target: Target) -> Want:
         """The want for a target: with its exact length and digest, for whoever fetches it into a file of its own."""
-        return self._fetcher.want(target.file, target.length, length=target.length, sha256=target.sha256)
+        return self._fetcher.want(quote(target.file), target.length, length=target.length, sha256=target.sha256)
 
     # Within
 
@@ -309,6 +310,8 @@ class _Fetcher(FetcherInterface):
 
 
 def _target(info: TargetFile) -> Target:
+    if any(part in ("", ".", "..") for part in info.path.split("/")) or not info.path.isprintable():
+        raise DeliveryError("malformed", f"{info.path} is no path below the repository")
     sha256 = info.hashes.get("sha256")
     if sha256 is None or len(sha256) != hashlib.sha256().digest_size * 2 or set(sha256) - set("0123456789abcdef"):
         raise DeliveryError("malformed", f"{info.path} is listed without a SHA-256")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import Any
+from urllib.parse import quote, unquote
 
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import (
@@ -146,7 +147,7 @@ class Simulator:
                 self.md[role].signed.version += known is not None
             data = self.sign(role)
             version = self.md[role].signed.version
-            self.served[f"metadata/{version}.{role}.json"] = data
+            self.served[self._place(role, version)] = data
             snapshot.meta[f"{role}.json"] = self._named(version, data)
         if not first:
             snapshot.version += 1
@@ -156,7 +157,7 @@ class Simulator:
 
     def publish_snapshot(self) -> None:
         data, version = self.sign("snapshot"), self.md["snapshot"].signed.version
-        self.served[f"metadata/{version}.snapshot.json"] = data
+        self.served[self._place("snapshot", version)] = data
         self.md["timestamp"].signed.snapshot_meta = self._named(version, data)
 
     def publish_timestamp(self) -> None:
@@ -166,17 +167,25 @@ class Simulator:
         """What is served now, to be served again later."""
         return copy.copy(self.served)
 
+    def _place(self, role: str, version: int) -> str:
+        name = quote(role, safe="")
+        return f"metadata/{version}.{name}.json" if self.root.consistent_snapshot else f"metadata/{name}.json"
+
     def _named(self, version: int, data: bytes) -> MetaFile:
         return MetaFile.from_data(version, data, ["sha256"]) if self.with_hashes else MetaFile(version)
 
     def _is_new(self, role: str) -> bool:
-        before = self.served.get(f"metadata/{self.md[role].signed.version}.{role}.json")
+        before = self.served.get(self._place(role, self.md[role].signed.version))
         return before is None or Metadata.from_bytes(before).signed != self.md[role].signed
+
+    def answer(self, path: str) -> bytes | None:
+        """What is served under a path, if anything."""
+        return self.tamper(path, self.served.get(path) or self.served.get(unquote(path)))
 
     def fetch(self, want: Want) -> bytes:
         """The mirror, as ``Wants``."""
         self.asked.append(want.path)
-        data = self.tamper(want.path, self.served.get(want.path))
+        data = self.answer(want.path)
         if data is None:
             raise DelayError("not_found", f"{want.path} is not there")
         if len(data) > want.most:

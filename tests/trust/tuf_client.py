@@ -6,8 +6,8 @@
         --target-base-url URL --target-dir DIR download
 
 Run the suite with it (theupdateframework/tuf-conformance, CLIENT-CLI.md) by ``--entrypoint``. What core does through
-link is done here by plain HTTP; the rest is ``agent.trust.repository``. Beside its metadata the folder holds the root
-that was given (``shipped.json``) and what was believed last (``marks.json``), as core keeps them elsewhere.
+link is done here by plain HTTP; the rest is ``agent.trust.repository``. ``edge-agent/`` below the folder holds the root
+that was given and what was believed last, which core keeps elsewhere.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from agent.trust.repository import Limits, Mark, Repository
 from agent.trust.wants import METADATA, TARGETS, DelayError, DeliveryError, Want
 
 _CHUNK = 1 << 16
+_OWN = "edge-agent"
 _LIMITS = Limits(root_rotations=256, delegations=32)
 
 
@@ -60,11 +61,11 @@ class Http:
 def repository(options: argparse.Namespace) -> Repository:
     """The client on its folder."""
     folder: Path = options.metadata_dir
-    marks = folder / "marks.json"
+    marks = folder / _OWN / "marks.json"
     known = {role: Mark(*mark) for role, mark in json.loads(marks.read_text()).items()} if marks.exists() else {}
     clock = TrustedClock(SystemClock(), "always", datetime.fromtimestamp(0, timezone.utc))
     wants = Http(options.metadata_url, options.target_base_url)
-    return Repository(folder, (folder / "shipped.json").read_bytes(), wants, clock, limits=_LIMITS, marks=known)
+    return Repository(folder, (folder / _OWN / "shipped.json").read_bytes(), wants, clock, limits=_LIMITS, marks=known)
 
 
 def refresh(options: argparse.Namespace) -> Repository:
@@ -72,7 +73,7 @@ def refresh(options: argparse.Namespace) -> Repository:
     client = repository(options)
     state = client.refresh()
     kept = {role: [mark.version, mark.keys] for role, mark in state.marks.items()}
-    write_atomically(options.metadata_dir / "marks.json", json.dumps(kept).encode())
+    write_atomically(options.metadata_dir / _OWN / "marks.json", json.dumps(kept).encode())
     return client
 
 
@@ -102,8 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "init":
-            options.metadata_dir.mkdir(parents=True, exist_ok=True)
-            for name in ("root.json", "shipped.json"):
+            (options.metadata_dir / _OWN).mkdir(parents=True, exist_ok=True)
+            for name in ("root.json", f"{_OWN}/shipped.json"):
                 write_atomically(options.metadata_dir / name, options.root.read_bytes())
         elif options.command == "refresh":
             refresh(options)
