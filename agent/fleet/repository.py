@@ -168,6 +168,9 @@ class Repository:
                 f"cannot change the keys of {role}: {threshold} of them must sign, too few would be left"
             )
         delegator: Root | Targets = self.edition.targets.signed if role == "models" else self.edition.root.signed
+        above: Role = "root" if isinstance(delegator, Root) else "targets"
+        if not self._enough(above):  # before there are keys that nobody counts
+            self._complain([above])
         if isinstance(delegator, Root):
             self._before_root_changes()
         for keyid in leaving:

@@ -24,6 +24,9 @@ from tests.core.conftest import ROOT
 from tests.trust import tuf_client
 from tests.trust.repositories import Simulator
 
+#: What is tried here is the protocol, which no interpreter changes.
+pytestmark = pytest.mark.main_only
+
 SOON = datetime.now(timezone.utc) + timedelta(days=30)
 
 
