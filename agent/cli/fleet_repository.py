@@ -86,9 +86,7 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
     )
     verify.set_defaults(run=_verify, doing="verify the repository")
     verify.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="a copy of it (default: the fleet's own)")
-    verify.add_argument(
-        "--root", type=Path, metavar="FILE", help="begin with this root (default: image/root.json's first)"
-    )
+    verify.add_argument("--root", type=Path, metavar="FILE", help="begin with this root (default: the first)")
     verify.add_argument("--open", action="store_true", help="decrypt each payload")
 
 

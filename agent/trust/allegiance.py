@@ -19,10 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from agent.base.config import describe_problems, read_toml
 from agent.base.errors import ConfigError, RefusedError
+from agent.base.files import read_bounded
 from agent.trust.envelope import EnvelopeError, PublicKey
 
 #: Most special last: what a key may sign is named in its row, never implied by another class.
 KeyClass = Literal["observe", "change", "destroy"]
+#: What a device is shipped with to believe its operator's repository.
+ROOT_NAME = "root.json"
+MAX_ROOT_BYTES = 128 << 10
 _Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 _Public = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{43}=$")]
 
@@ -102,10 +106,27 @@ def load(path: Path) -> Allegiance | None:
 
     ConfigError names the field; RefusedError when somebody else owns the file or could write to it.
     """
+    return parse(read_toml(path), str(path)) if _is_roots(path) else None
+
+
+def shipped_root(trust_file: Path) -> bytes | None:
+    """The root of the operator's repository, ``root.json`` beside ``trust.toml``, or None where there is none.
+
+    RefusedError when somebody else owns the file or could write to it, ConfigError.
+    """
+    path = trust_file.with_name(ROOT_NAME)
+    try:
+        return read_bounded(path, MAX_ROOT_BYTES + 1) if _is_roots(path) else None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _is_roots(path: Path) -> bool:
+    """Whether there is such a file, which then only root, or we ourselves, can have written."""
     try:
         status = os.lstat(path)
     except FileNotFoundError:
-        return None
+        return False
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode) or status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
@@ -113,7 +134,7 @@ def load(path: Path) -> Allegiance | None:
             f"cannot use {path}: whoever writes it commands this device, and others than root could",
             hint=f"chown root {path}; chmod 0644 {path}",
         )
-    return parse(read_toml(path), str(path))
+    return True
 
 
 def parse(document: Mapping[str, Any], source: str) -> Allegiance:

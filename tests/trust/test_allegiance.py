@@ -172,3 +172,14 @@ def test_other_bytes_are_told(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(ConfigError, match="cannot read"):
         load(path)
+
+
+def test_the_repositorys_root_lies_beside_it_and_is_roots_too(tmp_path: Path) -> None:
+    trust = tmp_path / "trust.toml"
+    assert shipped_root(trust) is None
+    (tmp_path / "root.json").write_bytes(b"{}")
+    (tmp_path / "root.json").chmod(0o644)
+    assert shipped_root(trust) == b"{}"
+    (tmp_path / "root.json").chmod(0o666)
+    with pytest.raises(RefusedError, match=r"root\.json"):
+        shipped_root(trust)
