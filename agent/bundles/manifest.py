@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import (
     AfterValidator,
@@ -18,8 +18,10 @@ from pydantic import (
     FailFast,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     StringConstraints,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -220,6 +222,23 @@ class BatchingPolicy(_Part):
     max_delay_us: Annotated[int, Field(ge=0, le=1_000_000)]
 
 
+class Source(_Part):
+    """A file that something was made from: its name and the SHA-256 of its content."""
+
+    name: ShortText
+    sha256: Sha256
+
+
+class Provenance(_Part):
+    """Where a version comes from: the model it was made of, the data it was trained and calibrated with, and how."""
+
+    source_model: Source | None = None
+    training_data: Annotated[tuple[Source, ...], Field(max_length=64), _QUICK] = ()
+    calibration_data: Source | None = None
+    command: Text = ""
+    tool: ShortText | None = None
+
+
 class Manifest(_Part):
     """A version of a model."""
 
@@ -237,6 +256,15 @@ class Manifest(_Part):
     policy: Policy = Policy()
     cache: CachePolicy | None = None
     batching: BatchingPolicy | None = None
+    provenance: Provenance | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """An agent that knows no provenance reads what one that knows it wrote of a model that has none."""
+        said: dict[str, Any] = handler(self)
+        if self.provenance is None:
+            said.pop("provenance", None)
+        return said
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Manifest:

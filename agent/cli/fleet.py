@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     options = parser().parse_args(arguments)
     options.json = getattr(options, "json", False)
+    options.typed = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = int(options.run(options))
         sys.stdout.flush()

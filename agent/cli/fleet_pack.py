@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -56,6 +59,13 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
         "--add", type=_added, action="append", metavar="FILE[:ID]", help="a variant made elsewhere, .tflite or .onnx"
     )
     model.add_argument("--labels", metavar="FILE", type=Path, help="names of the classes, one a line")
+    model.add_argument(
+        "--trained-on",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        help="its digest goes into the manifest; may be repeated",
+    )
     for text in ("task", "description", "license"):
         model.add_argument(f"--{text}", help="free text for the manifest")
 
@@ -87,7 +97,7 @@ def _added(text: str) -> Added:
 
 _ONLY_FOR_MODELS = (
     "add", "calibrate", "golden", "name", "version", "metric", "threshold", "prefer", "min_quality", "max_latency_ms",
-    "variants", "labels", "task", "description", "license",
+    "variants", "labels", "trained_on", "task", "description", "license",
 )  # fmt: skip
 
 
@@ -120,10 +130,18 @@ def _pack_options(options: argparse.Namespace) -> PackOptions:
         golden=options.golden,
         out=options.out,
         add=tuple(options.add or ()),
+        trained_on=tuple(options.trained_on or ()),
+        command=_typed(options.typed),
         policy={name: value for name, value in policy.items() if value is not None},
         about={name: value for name, value in about.items() if value is not None},
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def _typed(arguments: Sequence[str]) -> str:
+    """The command as it was typed, of paths only the names: where somebody keeps his files is nobody's business."""
+    words = [Path(word).name if os.sep in word else word for word in arguments]
+    return shlex.join(["edge-fleet", *words])[:4096]
 
 
 def _labels(path: Path) -> list[str]:

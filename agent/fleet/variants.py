@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from agent import __version__
 from agent.base.errors import AgentError, PeerError, UnsupportedError
 from agent.bundles.agreement import (
     INPUT,
@@ -34,7 +35,9 @@ from agent.bundles.manifest import (
     GoldenMetric,
     Manifest,
     Precision,
+    Provenance,
     Quality,
+    Source,
     Technique,
     TensorSpec,
     Variant,
@@ -79,7 +82,7 @@ _TECHNIQUE: dict[VariantId, tuple[Technique, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class PackOptions:
-    """What the operator asks for. ``variants`` None means all that can be made."""
+    """What the operator asks for. ``variants`` None means all that can be made; ``command`` is what was typed."""
 
     model: Path
     calibrate: Path | None = None
@@ -91,6 +94,8 @@ class PackOptions:
     threshold: float | None = None
     variants: tuple[VariantId, ...] | None = None
     add: tuple[Added, ...] = ()
+    trained_on: tuple[Path, ...] = ()
+    command: str = ""
     policy: Mapping[str, Any] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -305,6 +310,23 @@ def _described(made: Mapping[VariantId, Path]) -> list[Variant]:
     ]
 
 
+def _provenance(options: PackOptions) -> Provenance:
+    return Provenance(
+        source_model=_source(options.model),
+        training_data=tuple(_source(path) for path in options.trained_on),
+        calibration_data=_source(options.calibrate) if options.calibrate else None,
+        command=options.command,
+        tool=f"edge-agent {__version__}",
+    )
+
+
+def _source(path: Path) -> Source:
+    """A file's name and digest: what it holds stays where it is."""
+    if not path.is_file():
+        raise PeerError(f"cannot pack: {path}: no such file")
+    return Source(name=path.name, sha256=file_ref(path, name="file").sha256)
+
+
 def _manifest(
     options: PackOptions,
     signature: Signature,
@@ -320,6 +342,7 @@ def _manifest(
         "inputs": [spec.model_dump() for spec in signature.inputs],
         "outputs": [spec.model_dump() for spec in signature.outputs],
         "policy": dict(options.policy),
+        "provenance": _provenance(options).model_dump(mode="json"),
         **options.about,
     }
     document["variants"] = [variant.model_dump(mode="json") for variant in variants]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -278,3 +279,30 @@ def test_a_missing_extra_is_named_and_folders_pack_without_it(tmp_path: Path) ->
         assert run.returncode == status, run.stderr
     run = subprocess.run([sys.executable, "-c", code, "pack", model], capture_output=True, text=True, check=False)
     assert run.stderr == "error: cannot pack m.onnx: numpy is not installed\nhint: pip install 'edge-agent[pack]'\n"
+
+
+def test_the_manifest_tells_where_the_model_comes_from(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "train.bin"
+    data.write_bytes(b"training data")
+    made = packed(model, "--variants", "fp32", "--trained-on", data, "--name", "net", capsys=capsys)
+    with Path(made["file"]).open("rb") as source:
+        manifest = archive.BundleReader(source).read_manifest()
+    assert manifest.provenance is not None and manifest.provenance.source_model is not None
+    assert manifest.provenance.source_model.sha256 == hashlib.sha256(model.read_bytes()).hexdigest()
+    (trained,) = manifest.provenance.training_data
+    assert (trained.name, trained.sha256) == ("train.bin", hashlib.sha256(b"training data").hexdigest())
+    assert (
+        manifest.provenance.command.startswith("edge-fleet pack") and str(tmp_path) not in manifest.provenance.command
+    )
+
+
+def test_a_model_without_provenance_is_written_as_it_always_was() -> None:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [1]}
+    file = {"name": "a.onnx", "sha256": "0" * 64, "size": 1}
+    variant = {"id": "a", "runtime": "onnx", "precision": "fp32", "file": file}
+    document = {"format": "edge-model/1", "name": "m", "version": "1.0.0", "inputs": [tensor], "outputs": [tensor]}
+    manifest = Manifest.model_validate({**document, "variants": [variant]})
+    assert "provenance" not in manifest.model_dump() and b"provenance" not in manifest.to_json()
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agent.base.errors import ConfigError, RefusedError
-from agent.trust.allegiance import load, parse, public_key, trusted_keys
+from agent.trust.allegiance import load, parse, public_key, shipped_root, trusted_keys
 from agent.trust.envelope import EnvelopeError, Signer
 
 ONE, TWO = Signer(bytes([1]) * 32), Signer(bytes([2]) * 32)
