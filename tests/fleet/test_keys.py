@@ -88,7 +88,7 @@ def test_what_is_no_key_of_ours_is_told(tmp_path: Path) -> None:
     path.write_bytes(
         other.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
-    with pytest.raises(DamagedError, match="neither an Ed25519 nor an EC key"):
+    with pytest.raises(DamagedError, match="neither an Ed25519, an X25519 nor an EC key"):
         keys.open_signer(path, Passwords())
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -568,3 +570,11 @@ def test_what_is_brought_must_be_what_was_wanted(length: int | None, sha256: str
         desk.put("w1", [b"four"])
     waiter.join()
     assert errors == ["wrong_content"]
+
+
+def test_core_starts_without_tuf() -> None:
+    """It is 6 MB that a device without a repository never pays."""
+    code = "import sys, agent.core.daemon, agent.trust.wants, agent.trust.grants; print('tuf' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
