@@ -69,16 +69,21 @@ def publish(
         data = manifest.to_json()
         name, version = manifest.name, manifest.version
         known = books.releases.find(name, version)
-        if known is not None and known.state == "published" and known.manifest != data:
+        standing = repository.edition.models.signed.targets.get(manifest_target(name, version))
+        if standing is not None and standing.hashes["sha256"] != hashlib.sha256(data).hexdigest():
             raise ConflictError(
                 f"cannot publish {name} {version}: it was published with another content",
                 hint="a version stays what it is: give the new content a new one",
             )
-        if known is not None and known.state == "published" and _is_listed(repository, name, version):
+        if known is not None and _is_whole(repository, books, name, version):
             for _, chunks in reader.files():  # a bundle that is damaged now is said to be
                 for _ in chunks:
                     pass
-            return Published(manifest, books.releases.payloads(name, version), again=True)
+            payloads_known = books.releases.payloads(name, version)
+            if known.state != "published":  # cut off after the timestamp was written
+                with books.database.transaction():
+                    books.releases.put(name, version, data, payloads_known, "published", iso(repository.now))
+            return Published(manifest, payloads_known, again=True)
         folder = repository.folder.site / TARGETS
         recipient = read_recipient(repository.folder)
         payloads = []
@@ -165,8 +170,15 @@ def file_key_of(payload: Payload, identity: Identity) -> bytes:
 def copy_site(site: Path, out: Path) -> int:
     """Make ``out`` what ``site`` is, in an order in which readers of it are never wrong; how many files were copied.
 
-    Targets first, then the metadata that names them, the timestamp last; only then what is named no more goes. OSError.
+    Targets first, then the metadata that names them, the timestamp last; only then what is named no more goes.
+    ConflictError where ``out`` holds something else, OSError.
     """
+    first = out / METADATA / "1.root.json"
+    is_ours = first.is_file() and _same_bytes(site / METADATA / "1.root.json", first)
+    if not is_ours and any(_files(out / part) for part in (METADATA, TARGETS)):
+        raise ConflictError(
+            f"cannot copy to {out}: its {METADATA} and {TARGETS} are not of this repository", hint="name another folder"
+        )
     for folder in (out, out / METADATA, out / TARGETS):
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     copied = 0
@@ -185,11 +197,17 @@ def copy_site(site: Path, out: Path) -> int:
 # -- within -----------------------------------------------------------------------------------------------------------
 
 
-def _is_listed(repository: Repository, name: str, version: str) -> bool:
+def _is_whole(repository: Repository, books: Books, name: str, version: str) -> bool:
+    """Whether a version is listed, its files are there, and the registry knows how they open."""
     models = repository.edition.models.signed.targets
-    paths = [path for path in models if path.startswith(f"models/{name}/{version}/")]
     folder = repository.folder.site / TARGETS
-    return bool(paths) and all(_lies(folder, models[path]) for path in paths)
+    listed = {path: target for path, target in models.items() if path.startswith(f"models/{name}/{version}/")}
+    known = {payload_target(name, version, each.part): each.payload for each in books.releases.payloads(name, version)}
+    return (
+        bool(listed)
+        and {path: target.hashes["sha256"] for path, target in listed.items() if path in known} == known
+        and all(_lies(folder, target) for target in listed.values())
+    )
 
 
 def _lies(folder: Path, target: TargetFile) -> bool:

@@ -23,6 +23,7 @@ from agent.fleet.folder import Folder
 from agent.fleet.keys import Passwords
 from agent.fleet.publishing import grants_for
 from agent.fleet.registry import Device
+from agent.fleet.releases import Releases
 from agent.fleet.roles import open_identity
 from agent.store.store import Store
 from agent.trust import hpke
@@ -198,6 +199,41 @@ class Now:
 
     def now(self) -> datetime:
         return datetime.now(timezone.utc)
+
+
+def test_cut_off_after_the_timestamp_it_is_published_and_stays_what_it_is(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CutError(Exception):
+        pass
+
+    real = Releases.put
+
+    def cut(self: Releases, *arguments: object) -> None:
+        if arguments[4] == "published":
+            raise CutError
+        real(self, *arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched, Books(office.folder.database) as books, office.opened() as opened:
+        patched.setattr(Releases, "put", cut)
+        with pytest.raises(CutError):
+            publishing.publish(opened, books, BUNDLE)
+    before = files(office.site)
+    assert office.ok("publish", str(BUNDLE))["again"] is True
+    assert files(office.site) == before
+    assert [each["state"] for each in office.ok("repository", "show")["releases"]] == ["published"]
+
+
+def test_a_folder_of_somebody_elses_is_not_written_over(office: Office, tmp_path: Path) -> None:
+    www = tmp_path / "www"
+    (www / "targets").mkdir(parents=True)
+    (www / "targets" / "precious").write_text("mine")
+    done = office.run("publish", str(BUNDLE), "--to", str(www))
+    assert done.status == 1 and "not of this repository" in done.err
+    assert files(www) == {"targets/precious"}
+    other = Office(tmp_path / "other")
+    assert office.run("refresh", "--to", str(other.site)).status == 1
+    assert other.ok("verify")["problems"] == []
 
 
 def test_two_publishers_do_not_work_at_once(office: Office) -> None:
