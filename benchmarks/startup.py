@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer starts, a shorter look at idle")
     parser.add_argument("--models", type=int, default=20, help="models in the catalog (default 20)")
     options = parser.parse_args()
-    starts, idle_s = (4, 5.0) if options.quick else (15, 30.0)
+    starts, idle_s = (4, 5.0) if options.quick else (15, 40.0)
     with tempfile.TemporaryDirectory(prefix="ea-", dir="/tmp") as folder:
         report = measure(Path(folder), options.models, starts, idle_s)
     print(json.dumps(report, indent=2) if options.json else table(report))
@@ -55,8 +55,9 @@ def measure(folder: Path, models: int, starts: int, idle_s: float) -> dict:
     start = measure_start(daemon, starts)
     with daemon:
         daemon.settle()
-        idle_memory = daemon.memory()
+        started_memory = daemon.memory()
         idle = measure_idle(daemon, idle_s)
+        idle_memory = daemon.memory()
         with daemon.client() as client:
             client.infer("model-0", {"x": sample()})
             serving_memory = daemon.memory()
@@ -74,7 +75,7 @@ def measure(folder: Path, models: int, starts: int, idle_s: float) -> dict:
         "budgets": BUDGETS,
         "figures": figures,
         "start": start,
-        "memory": {"idle": idle_memory, "serving": serving_memory},
+        "memory": {"just started": started_memory, "idle": idle_memory, "serving": serving_memory},
         "idle": {"nothing loaded": idle, "a model loaded, an app connected": serving_idle},
         "within_budget": all(figures[name] <= BUDGETS[name] for name in BUDGETS),
     }
