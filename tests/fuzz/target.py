@@ -42,9 +42,13 @@ class Memory:
     fixed: int = 1 << 20
     per_byte: int = 64
 
+    def allowed(self, length: int) -> int:
+        """Bytes that an input of such a length may take."""
+        return self.fixed + self.per_byte * length
+
     def check(self, used: int, length: int, what: str) -> None:
         """FindingError when an input of such a length took more."""
-        allowed = self.fixed + self.per_byte * length
+        allowed = self.allowed(length)
         if used > allowed:
             raise FindingError(f"{what}: {used} bytes of memory for an input of {length}, {allowed} allowed")
 
@@ -152,6 +156,8 @@ def traced_peak(do: Callable[[], object]) -> int:
 def check_memory(target: Target, data: bytes) -> int:
     """``check``, and what memory it took, in bytes. Raises FindingError when it is too much."""
     used = traced_peak(lambda: check(target, data))
+    if used > target.memory.allowed(len(data)):  # an import, or a thread that another test left; an input does it again
+        used = min(used, traced_peak(lambda: check(target, data)))
     target.memory.check(used, len(data), target.name)
     return used
 
