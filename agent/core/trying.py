@@ -18,7 +18,8 @@ from agent.infer.runtimes.failures import is_device_failure
 from agent.infer.shelf import Option
 from agent.infer.trial import Surroundings
 from agent.operations.batching import Wish
-from agent.operations.choosing import DEVICES, TrialSettings, VariantChooser
+from agent.operations.choosing import TrialSettings, VariantChooser
+from agent.operations.entering import DEVICES
 from agent.operations.forms import FormKey
 from agent.operations.gauging import BatchGauge
 from agent.operations.measured import DeviceView

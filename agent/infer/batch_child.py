@@ -14,7 +14,7 @@ from itertools import cycle, islice
 from typing import Any
 
 from agent.base.errors import PeerError
-from agent.infer.child import Child, Operation, confined, status_kb
+from agent.infer.child import Child, Operation, alike, confined, status_kb
 
 #: Requests that are joined to see whether they may be.
 _SOME = 4
@@ -48,7 +48,7 @@ class BatchChild(Child):
             for index, example in enumerate(some):
                 alone = self._answers([example])
                 pairs = zip(answers, alone, strict=True)
-                if not all(_close(one[index : index + 1], two, _TOLERANCE) for one, two in pairs):
+                if not all(alike(one[index : index + 1], two, _TOLERANCE) for one, two in pairs):
                     return {"reason": "a batch is answered otherwise than its rows alone"}
             return {"reason": ""}
         return self._judged(examples, int(request["size"]), request["metric"])
@@ -108,7 +108,7 @@ class BatchChild(Child):
                 continue
             tried = True
             if _not_parted(others, len(some)) or not all(
-                _close(one[:1], two[:1], _ALIKE) for one, two in zip(answers, others, strict=True)
+                alike(one[:1], two[:1], _ALIKE) for one, two in zip(answers, others, strict=True)
             ):
                 return "the answer to a row depends on the rows beside it"
         return "" if tried else "no other rows could be tried beside one"
@@ -168,17 +168,6 @@ def _turned(example: Example) -> Example:
         alike = array.dtype.kind in "iufb" and bool((other == array).all())
         turned[name] = np.zeros_like(array) if alike else other
     return turned
-
-
-def _close(left: Any, right: Any, tolerance: float) -> bool:
-    import numpy as np  # noqa: PLC0415 - imported inside the confinement
-
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    if left.dtype.kind != "f":
-        return bool(np.array_equal(left, right))
-    size = float(np.max(np.abs(right[np.isfinite(right)]), initial=0.0))
-    return bool(np.allclose(left, right, rtol=tolerance, atol=tolerance * size, equal_nan=True))
 
 
 def main() -> None:

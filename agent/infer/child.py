@@ -52,6 +52,18 @@ class Bench:
         return time.perf_counter() - start
 
 
+def alike(left: NDArray[Any], right: NDArray[Any], tolerance: float) -> bool:
+    """Whether two answers are one, but for rounding: numbers may differ by that share of the largest of them."""
+    import numpy as np  # noqa: PLC0415 - imported inside the confinement
+
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    if left.dtype.kind != "f":
+        return bool(np.array_equal(left, right))
+    size = float(np.max(np.abs(right[np.isfinite(right)]), initial=0.0))
+    return bool(np.allclose(left, right, rtol=tolerance, atol=tolerance * size, equal_nan=True))
+
+
 class Child:
     """State of the child between requests."""
 

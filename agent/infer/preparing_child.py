@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agent.base.errors import DamagedError, PeerError, UnsupportedError
-from agent.infer.child import Child, Operation, confined, made_up_inputs, status_kb
+from agent.infer.child import Child, Operation, alike, confined, made_up_inputs, status_kb
 from agent.infer.runtimes.base import LoadOptions, Route, Runtime, Session
 from agent.infer.runtimes.failures import return_memory
 
@@ -96,8 +96,6 @@ class PreparingChild(Child):
         session.close()
 
     def _same(self, one: Session, other: Session) -> bool:
-        import numpy as np  # noqa: PLC0415 - imported inside the confinement
-
         names = [spec.name for spec in other.outputs]
         answers: list[Sequence[Any]] = []
         for session in (one, other):
@@ -107,7 +105,7 @@ class PreparingChild(Child):
                 answers.append([])
         if len(answers[0]) != len(answers[1]):
             return False
-        return all(_close(np, left, right) for left, right in zip(*answers, strict=True))
+        return all(alike(left, right, _TOLERANCE) for left, right in zip(*answers, strict=True))
 
     def _example(self, session: Session) -> Mapping[str, Any]:
         if self._golden_descriptor is None:
@@ -135,15 +133,6 @@ def _found(routes: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last rounds brought no better times: on a busy device the true ones take longer to show."""
     samples = [route[name] for route in routes if "error" not in route for name in ("load", "first", "run")]
     return all(min(times[:-_LAST]) <= _BETTER * min(times) for times in samples)
-
-
-def _close(np: Any, left: Any, right: Any) -> bool:
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    if left.dtype.kind != "f":
-        return bool(np.array_equal(left, right))
-    size = float(np.max(np.abs(right[np.isfinite(right)]), initial=0.0))
-    return bool(np.allclose(left, right, rtol=_TOLERANCE, atol=_TOLERANCE * size, equal_nan=True))
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agent.bundles.agreement import passes
 from agent.bundles.manifest import Manifest, Policy, TensorSpec
 from agent.infer.tensors import fits
-from agent.infer.trial import Entrant, Surroundings, Trial, TrialPlan
+from agent.infer.trial import Surroundings, Trial, TrialPlan
+from agent.operations.entering import entrant_of, judged
 from agent.operations.measured import Choice, DeviceView, Known, Progress, key_on, runtimes_for
 from agent.operations.shelving import OpenBlob
 from agent.selection.choice import Decision, choose, contenders, more_rounds_needed
@@ -25,12 +25,6 @@ from agent.selection.quarantine import Death, QuarantineState
 from agent.selection.rules import Candidate, Verdict, accepted, candidates
 from agent.store.document import BlobRef
 
-#: Device nodes that a trial child on an accelerator may open.
-DEVICES: Mapping[str, tuple[str, ...]] = {
-    "CUDAExecutionProvider": ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvhost-gpu", "/dev/nvmap"),
-    "TensorrtExecutionProvider": ("/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvhost-gpu", "/dev/nvmap"),
-    "OpenVINOExecutionProvider": ("/dev/dri/renderD128",),
-}
 #: Failures that count for quarantine.
 _DEATHS: Mapping[str, Death] = {"crash": "crash", "hang": "hang", "memory": "memory"}
 
@@ -130,7 +124,7 @@ class VariantChooser:
                 measured += valid
                 continue
             plan = self._plan(manifest, blobs, shapes, headroom)
-            entrants = [self._entrant(candidate, keys[candidate.id], manifest, blobs) for candidate in tried]
+            entrants = [entrant_of(candidate, keys[candidate.id], manifest, blobs, self._open) for candidate in tried]
             trial = Trial(entrants, plan, replace(self._around, progress=progress))
             seen = trial.run(lambda *state: _still_needed(manifest.policy, priors, *state))
             measured += [self._with_energy(measurement) for measurement in seen]
@@ -139,7 +133,7 @@ class VariantChooser:
     def _plan(
         self, manifest: Manifest, blobs: Mapping[str, BlobRef], shapes: Mapping[str, list[int]], headroom: int
     ) -> TrialPlan:
-        settings, golden = self._settings, manifest.golden
+        settings = self._settings
         plan = TrialPlan(
             memory_mb=min(settings.memory_mb or headroom, headroom),
             headroom_mb=headroom,
@@ -152,24 +146,7 @@ class VariantChooser:
             run_timeout_s=settings.timeout_s,
             departs=lambda inputs, outputs: departure(manifest, inputs, outputs),
         )
-        if golden is None:
-            return plan
-        ref = blobs[golden.file.name]
-        return replace(
-            plan,
-            open_golden=lambda: self._open(ref),
-            metric=golden.metric,
-            threshold=golden.threshold,
-            passes=lambda value: passes(golden, value),
-        )
-
-    def _entrant(
-        self, candidate: Candidate, key: MeasurementKey, manifest: Manifest, blobs: Mapping[str, BlobRef]
-    ) -> Entrant:
-        variant = manifest.variant(candidate.variant_id)
-        ref = blobs[variant.file.name]
-        devices = DEVICES.get(candidate.provider, ())
-        return Entrant(candidate.id, key, lambda: self._open(ref), devices, variant.parameters)
+        return judged(plan, manifest, blobs, self._open)
 
     def _with_energy(self, measurement: Measurement) -> Measurement:
         """Joules estimated from the profile's watts where no sensor told."""

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from agent.base.errors import AgentError
-from agent.bundles.agreement import passes
 from agent.bundles.manifest import Manifest
 from agent.infer.gains import Gain, not_free
 from agent.infer.gauging import SECONDS, gauged
-from agent.infer.trial import Entrant, Surroundings, TrialPlan
+from agent.infer.trial import Surroundings
 from agent.operations.batching import Wish, gain_record
-from agent.operations.measured import Choice, DeviceView, Progress, key_on
+from agent.operations.entering import chosen_entrant, plan_for_one
+from agent.operations.measured import Choice, DeviceView, Progress
 from agent.operations.shelving import OpenBlob
-from agent.selection.rules import candidate_of
 from agent.store.document import BlobRef
 
 _LOG = logging.getLogger("edge_agent.operations")
@@ -54,38 +52,11 @@ class BatchGauge:
             return {candidate: gain_record(measurement, policy, Gain(note=reason))}
         progress({"stage": "gauge", "candidate": candidate})
         try:
-            plan = self._plan(manifest, blobs)
-            gain = gauged(self._entrant(manifest, blobs, candidate), plan, self._around, policy.max_size, self._seconds)
+            entrant = chosen_entrant(self._device, candidate, manifest, blobs, self._open)
+            plan = plan_for_one(self._device, manifest, blobs, self._open, self._timeout_s)
+            gain = gauged(entrant, plan, self._around, policy.max_size, self._seconds)
         except AgentError as error:
             self._around.go_on()  # ends the operation, if that is what the error was
             _LOG.warning("model %s %s: batches were not tried: %s", manifest.name, manifest.version, error)
             return {}
         return {candidate: gain_record(measurement, policy, gain)}
-
-    def _entrant(self, manifest: Manifest, blobs: Mapping[str, BlobRef], candidate: str) -> Entrant:
-        variant_id, _, provider = candidate.partition("@")
-        variant = manifest.variant(variant_id)
-        ref = blobs[variant.file.name]
-        key = key_on(self._device, candidate_of(variant, provider), self._device.inventory(), manifest)
-        return Entrant(candidate, key, lambda: self._open(ref), parameters=variant.parameters)
-
-    def _plan(self, manifest: Manifest, blobs: Mapping[str, BlobRef]) -> TrialPlan:
-        headroom, golden = self._device.headroom_mb(), manifest.golden
-        plan = TrialPlan(
-            memory_mb=headroom,
-            headroom_mb=headroom,
-            cpus=self._device.cpus,
-            load_timeout_s=self._timeout_s,
-            check_timeout_s=self._timeout_s * 2,
-            run_timeout_s=self._timeout_s,
-        )
-        if golden is None:
-            return plan
-        ref = blobs[golden.file.name]
-        return replace(
-            plan,
-            open_golden=lambda: self._open(ref),
-            metric=golden.metric,
-            threshold=golden.threshold,
-            passes=lambda value: passes(golden, value),
-        )

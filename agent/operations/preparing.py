@@ -5,18 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from agent.base.errors import AgentError
-from agent.bundles.agreement import passes
 from agent.bundles.manifest import Manifest
 from agent.infer.forms import needs_file
 from agent.infer.preparing import SECONDS, Prepared, prepared
-from agent.infer.trial import Entrant, Surroundings, TrialPlan
+from agent.infer.trial import Surroundings
+from agent.operations.entering import chosen_entrant, plan_for_one
 from agent.operations.forms import PREFIX, FormKey, Forms
-from agent.operations.measured import Choice, DeviceView, Progress, key_on
-from agent.selection.rules import candidate_of
+from agent.operations.measured import Choice, DeviceView, Progress
 from agent.store.document import BlobRef
 from agent.store.store import Store
 
@@ -52,9 +50,9 @@ class FormMaker:
         candidate = str(choice.chosen)
         progress({"stage": "prepare", "candidate": candidate})
         try:
-            with prepared(
-                self._entrant(manifest, blobs, candidate), self._plan(manifest, blobs), self._around, self._seconds
-            ) as found:
+            entrant = chosen_entrant(self._device, candidate, manifest, blobs, self._store.read)
+            plan = plan_for_one(self._device, manifest, blobs, self._store.read, self._timeout_s)
+            with prepared(entrant, plan, self._around, self._seconds) as found:
                 return self._kept(manifest, candidate, key, found)
         except AgentError as error:
             self._around.go_on()  # ends the operation, if that is what the error was
@@ -75,35 +73,6 @@ class FormMaker:
         part = record["part"] = f"{PREFIX}{candidate}/{key[:12]}"
         ref = self._store.add_blob(manifest.name, manifest.version, part, _pieces(found.descriptor))
         return Forms({candidate: record}, {part: ref})
-
-    def _entrant(self, manifest: Manifest, blobs: Mapping[str, BlobRef], candidate: str) -> Entrant:
-        variant_id, _, provider = candidate.partition("@")
-        variant = manifest.variant(variant_id)
-        ref = blobs[variant.file.name]
-        key = key_on(self._device, candidate_of(variant, provider), self._device.inventory(), manifest)
-        return Entrant(candidate, key, lambda: self._store.read(ref), parameters=variant.parameters)
-
-    def _plan(self, manifest: Manifest, blobs: Mapping[str, BlobRef]) -> TrialPlan:
-        headroom = self._device.headroom_mb()
-        golden = manifest.golden
-        plan = TrialPlan(
-            memory_mb=headroom,
-            headroom_mb=headroom,
-            cpus=self._device.cpus,
-            load_timeout_s=self._timeout_s,
-            check_timeout_s=self._timeout_s * 2,
-            run_timeout_s=self._timeout_s,
-        )
-        if golden is None:
-            return plan
-        ref = blobs[golden.file.name]
-        return replace(
-            plan,
-            open_golden=lambda: self._store.read(ref),
-            metric=golden.metric,
-            threshold=golden.threshold,
-            passes=lambda value: passes(golden, value),
-        )
 
 
 def _pieces(descriptor: int) -> Iterator[bytes]:
