@@ -158,8 +158,9 @@ def command() -> list[str]:
 def _as_polite_as_we(pid: int) -> None:
     """A session of its own gets a nice value of its own, which would decide every comparison on a busy machine."""
     with contextlib.suppress(OSError):  # where the kernel does not schedule by sessions
-        nice = Path("/proc/self/autogroup").read_text().split()[-1]
-        Path(f"/proc/{pid}/autogroup").write_text(nice)
+        ours = Path("/proc/self/autogroup").read_text().split()  # "/autogroup-N nice N", nothing without a session
+        if ours:
+            Path(f"/proc/{pid}/autogroup").write_text(ours[-1])
 
 
 def linear(seed: int, note: str = "") -> bytes:

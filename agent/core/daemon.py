@@ -13,9 +13,9 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,32 +29,31 @@ from agent.base.hardening import forbid_inspection, lock_memory, unlocked_memory
 from agent.base.memory import Fence
 from agent.base.paths import Paths
 from agent.base.systemd import Handover, Notifier, adopt_sockets
-from agent.bundles.manifest import BatchingPolicy, Manifest
 from agent.core import health, logs
 from agent.core.accelerators import Accelerators, probing
 from agent.core.admin_api import AdminApi
 from agent.core.cache_api import CacheApi
-from agent.core.device import Device, inventory_of, look_at_device
+from agent.core.device import look_at_device
 from agent.core.governing import Governing
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
 from agent.core.link_api import LinkApi, NoFleet
+from agent.core.measuring import Measuring
 from agent.core.memory import settle, trim
 from agent.core.operating import Operations
+from agent.core.reviewing import Reviews
 from agent.core.tasks import Means
 from agent.core.upkeep import Upkeep
 from agent.core.within import Within
 from agent.hardware.sensors import read_sensors
 from agent.infer.engine import Engine, EngineLimits, Key
 from agent.infer.runtimes.failures import return_memory
-from agent.infer.runtimes.probe import Runtimes, source_version
+from agent.infer.runtimes.probe import Runtimes
 from agent.infer.shelf import Option
 from agent.infer.tensors import InferRequest, InferResponse, Tensor
 from agent.infer.wishes import Wishes
-from agent.operations.batching import as_wanted, gains_hold
-from agent.operations.forms import FormKey, Forms, form_keys, forms_hold, no_forms
-from agent.operations.install import Installer, Preparing, Serving
+from agent.operations.install import Installer, Serving
 from agent.operations.maintain import Maintenance
-from agent.operations.measured import Choice, ChooseVariant, DeviceView, outdated
+from agent.operations.measured import outdated
 from agent.operations.shelving import shelf_from
 from agent.serve.admin import ADMIN_LIMITS, admin_server
 from agent.serve.inference import Inference
@@ -69,8 +68,6 @@ if TYPE_CHECKING:
     from agent.core.fleet import Fleet
 
 _LOG = logging.getLogger("edge_agent.core")
-#: After damage was found the models are reviewed so soon, and not again for so long.
-_REVIEW_S, _REVIEWED_S = 1.0, 30.0
 #: By then a start is over: models reviewed, runtimes probed, the fleet told.
 _STARTED_S = 20.0
 #: One run of a golden example.
@@ -100,7 +97,6 @@ class Core:
         self._rules = model_rules(config)
         self._fleet: Fleet | None = None
         self._no_fleet = NoFleet()
-        self._reviews: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Start, serve until told to stop, drain, stop. Raises AgentError when it cannot start."""
@@ -164,30 +160,23 @@ class Core:
         self._accelerators = Accelerators(lambda: self._engine, probing(self._operations.run, memory_mb, cpus))
         lose = self._accelerators.lose
         self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._give_back, lose)
-        self._form_key: FormKey = no_forms
-        if config.selection.prepare:
-            self._form_key = form_keys(device.facts, device.threads, lru_cache(source_version))
+        self._measuring = Measuring(device, self._runtimes, self._store, lambda: self.config, self._operations.go_on)
         self._show(self._store.document)
         serving = Serving(
             show=lambda document: self._operations.on_loop(lambda: self._show(document)),
             load=self._load_now,
         )
-        view = self._device_view()
         self._installer = Installer(
             self._store,
-            self._choose_on(view),
+            self._measuring.choose,
             serving,
             SystemClock(),
             unsigned=config.trust.unsigned,
-            outdated=partial(outdated, view),
-            preparing=Preparing(
-                self._make_forms_on(view),
-                lambda entry: forms_hold(entry, self._form_key),
-                self._gauge_on(view),
-                lambda entry: gains_hold(entry, self._batching_of),
-            ),
+            outdated=partial(outdated, self._measuring.view),
+            preparing=self._measuring.preparing,
             go_on=self._operations.go_on,
         )
+        self._reviews = Reviews(self._operations, self._installer.review, lambda: bool(self._store.document.models))
         self._maintenance = Maintenance(self._store, serving.show)
         self._upkeep = Upkeep(self._paths, lambda: self.config, self._operations, self._means, self._fleet_changed)
         self._governing = Governing(lambda: self.config.governor, self._engine, _sensor_root(os.environ))
@@ -239,61 +228,6 @@ class Core:
     def _fleet_changed(self) -> None:
         if self._fleet is not None:
             self._fleet.changed()
-
-    def _device_view(self) -> DeviceView:
-        device = self._device
-        return DeviceView(
-            facts=device.facts,
-            profile=device.profile,
-            threads=device.threads,
-            cpus=device.cpus,
-            inventory=lambda: inventory_of(self._runtimes),
-            headroom_mb=lambda: _headroom_mb(device, read_sensors().mem_available_mb),
-            power_mode=lambda: device.facts.power_mode,
-        )
-
-    def _choose_on(self, view: DeviceView) -> ChooseVariant:
-        """The chooser, made when it is first needed: see ``agent.core.trying``."""
-        selection = self._config.selection
-
-        @lru_cache(maxsize=1)
-        def chooser() -> ChooseVariant:
-            from agent.core.trying import make_chooser  # noqa: PLC0415 - most starts try nothing
-
-            return make_chooser(view, self._store.read, selection, self._operations.go_on)
-
-        def choose(*arguments: Any) -> Choice:
-            return chooser()(*arguments)
-
-        return choose
-
-    def _make_forms_on(self, view: DeviceView) -> Callable[..., Forms]:
-        """As the chooser: made when it is first needed."""
-
-        def make(*arguments: Any) -> Forms:
-            from agent.core.trying import make_form_maker  # noqa: PLC0415 - most starts prepare nothing
-
-            selection = self._config.selection
-            return make_form_maker(view, self._store, self._form_key, selection, self._operations.go_on)(*arguments)
-
-        return make
-
-    def _gauge_on(self, view: DeviceView) -> Callable[..., Mapping[str, Any]]:
-        """As the chooser: made when it is first needed."""
-
-        def gauge(manifest: Manifest, *arguments: Any) -> Mapping[str, Any]:
-            if self._batching_of(manifest) is None:
-                return {}
-            from agent.core.trying import make_batch_gauge  # noqa: PLC0415 - most devices join nothing
-
-            selection, go_on = self._config.selection, self._operations.go_on
-            return make_batch_gauge(view, self._store.read, self._batching_of, selection, go_on)(manifest, *arguments)
-
-        return gauge
-
-    def _batching_of(self, manifest: Manifest) -> BatchingPolicy | None:
-        """How requests for a model are to be joined."""
-        return as_wanted(self.config.models)(manifest)
 
     # -- serving ------------------------------------------------------------------------------------------------------
 
@@ -353,17 +287,19 @@ class Core:
         _LOG.info("ready after %.2f s: %d models, board %s", took, models, self._device.facts.board)
         self._notifier.ready(f"{models} models")
         asyncio.get_running_loop().call_later(_STARTED_S, self._trim)
-        work = (self._feed_watchdog(), self._review(), self._load_ahead())
+        self._reviews.start()
+        work = (self._feed_watchdog(), self._load_ahead())
         tasks = [asyncio.ensure_future(task) for task in work]
         try:
             await self._stop.wait()
         finally:
-            for task in (*tasks, *self._reviews.values()):
+            for task in tasks:
                 task.cancel()
 
     async def _wind_down(self) -> None:
         self._notifier.stopping("draining")
         if hasattr(self, "_upkeep"):
+            self._reviews.stop()
             self._upkeep.stop()
         if hasattr(self, "_governing"):
             self._accelerators.stop()
@@ -399,15 +335,6 @@ class Core:
             except AgentError as error:
                 _LOG.warning("model %s is not loaded ahead: %s", name, error)
 
-    async def _review(self) -> None:
-        """After a start runtime, power mode or configuration may be others than when the models were tried."""
-        if not self._store.document.models:
-            return
-        try:
-            await self._operations.run("review", self._installer.review, lambda event: None)
-        except AgentError as error:
-            _LOG.warning("models were not reviewed: %s", error)
-
     # -- what the parts call ------------------------------------------------------------------------------------------
 
     def _socket_metrics(self) -> list[str]:
@@ -418,25 +345,16 @@ class Core:
 
     def _put(self, document: CatalogDocument, config: Config) -> None:
         self._models_set = config.models
-        self._engine.put(shelf_from(document, self._store.read, self._device.threads, self._form_key, self._models_set))
+        self._engine.put(
+            shelf_from(document, self._store.read, self._device.threads, self._measuring.form_key, self._models_set)
+        )
 
     def _load_now(self, model: str, version: str) -> None:
         self._operations.await_on_loop(self._engine.preload(model, version))
 
     def _damaged(self, key: Key, option: Option, reason: str) -> None:
         _LOG.error("model %s %s: %s cannot be used: %s", *key, option.candidate, reason)
-        self._review_for("damage", self._review_again)  # a prepared form is made anew
-
-    def _review_for(self, cause: str, review: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """One at a time for each cause."""
-        if cause not in self._reviews:
-            task = self._reviews[cause] = asyncio.get_running_loop().create_task(review())
-            task.add_done_callback(lambda _: self._reviews.pop(cause, None))
-
-    async def _review_again(self) -> None:
-        await asyncio.sleep(_REVIEW_S)
-        await self._review()
-        await asyncio.sleep(_REVIEWED_S)
+        self._reviews.damaged()
 
     def _reload(self) -> None:
         try:
@@ -444,14 +362,12 @@ class Core:
         except ConfigError as error:
             _LOG.error("configuration not reloaded: %s", error)
             return
-        models, self._config = self._config.models, config
+        self._config = config
         if self._fleet is not None:
             self._fleet.reload()
         elif os.path.lexists(self._paths.trust_file):
             self._make_fleet().start()
         self._hold(self.config)
-        if config.models != models:
-            self._review_for(f"configuration {id(config)}", self._review)
         _LOG.info("configuration reloaded; limits of sockets, store and memory hold from the next start on")
 
     def _hold(self, config: Config) -> None:
@@ -463,6 +379,7 @@ class Core:
         self._governing.reload()
         if config.models != self._models_set:
             self._put(self._store.document, config)
+            self._reviews.start()  # joining requests is tried where it is wanted now
 
     def _ask(self, model: str, version: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """From the operations' thread: one run of what serves a model."""
@@ -583,12 +500,6 @@ def _make_private(paths: Paths) -> None:
         raise ConfigError(
             f"cannot use {error.filename}: {error.strerror}", hint="choose folders with --state-dir and --run-dir"
         ) from error
-
-
-def _headroom_mb(device: Device, available_mb: int | None) -> int:
-    """What trials may take: what is available now, within the limits that apply to us."""
-    bounds = [value for value in (available_mb, device.facts.mem_limit_mb) if value is not None]
-    return max(64, int(min(bounds) * device.profile.memory_share)) if bounds else 256
 
 
 def run_core(paths: Paths, config: Config, handover: Handover) -> None:
