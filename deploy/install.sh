@@ -433,31 +433,33 @@ place_of() {
     *) echo "$UNIT_DIR/$(basename "$1")" ;;
     esac
 }
-units_changed=no
 put_units() {
     local unit
     for unit in "$share"/systemd/*; do
         same_file "$unit" "$root$(place_of "$unit")" || put "$unit" "$root$(place_of "$unit")"
     done
-    units_changed=yes
 }
 
 config_there() { [ -e "$root/etc/edge-agent/config.toml" ]; }
 put_config() { put "$share/config.toml" "$root/etc/edge-agent/config.toml"; }
 
 # In an image nothing is known of the device: there its own first start writes the drop-in.
-dropin_text() { "$HOME_DIR/$name/bin/edge-agent" units >"$work/dropin"; }
-dropin_there() { [ -n "$root" ] || { [ -x "$HOME_DIR/$name/bin/edge-agent" ] && dropin_text && same_file "$work/dropin" "$DROPIN"; }; }
+dropin_text() {
+    local program="$HOME_DIR/$name/bin/edge-agent"
+    [ -x "$program" ] || program="$HOME_DIR/current/bin/edge-agent" # in a plan the new one is still to be made
+    [ -x "$program" ] && "$program" units >"$work/dropin" 2>/dev/null
+}
+dropin_there() { [ -n "$root" ] || { dropin_text && same_file "$work/dropin" "$DROPIN"; }; }
 put_dropin() {
     dropin_text
     put "$work/dropin" "$DROPIN"
-    units_changed=yes
 }
 
 command_there() { [ "$(readlink "$root/usr/local/bin/edge-agent" 2>/dev/null || true)" = "$HOME_DIR/current/bin/edge-agent" ]; }
 put_command() { point "$root/usr/local/bin/edge-agent" "$HOME_DIR/current/bin/edge-agent"; }
 
 before="$(readlink "$root$HOME_DIR/current" 2>/dev/null || true)"
+way_back="$(readlink "$root$HOME_DIR/previous" 2>/dev/null || true)"
 current_there() { [ "$(readlink "$root$HOME_DIR/current" 2>/dev/null || true)" = "$name" ]; }
 switch() {
     [ -z "$before" ] || point "$root$HOME_DIR/previous" "$before"
@@ -474,17 +476,18 @@ enable() {
     fi
 }
 
-# What core runs is seen by its program, so that a run that was cut off before the restart is finished by the next.
+# Both have been started since the last of their files came: so a run that was cut off before that is finished.
 running() {
     [ "$live" = yes ] && [ "$start" = yes ] || return 0
-    [ "$units_changed" = no ] && [ "$(systemctl show -P NeedDaemonReload edge-agent-core.service)" = no ] &&
+    [ "$(systemctl show -P NeedDaemonReload edge-agent-core.service)" = no ] &&
         systemctl is-active --quiet edge-agent-infer.socket edge-agent-admin.socket &&
-        runs_this edge-agent-core.service && runs_this edge-agent-link.service
+        started_since edge-agent-core.service && started_since edge-agent-link.service
 }
-runs_this() {
-    local pid
-    pid="$(systemctl show -P MainPID "$1")"
-    [ "$pid" -gt 0 ] && grep -qsF "$HOME_DIR/$name/" "/proc/$pid/maps"
+started_since() {
+    local at last
+    at="$(systemctl show -P ActiveEnterTimestamp "$1")"
+    last="$(stat -c %Z "$HOME_DIR/current" "$UNIT_DIR"/edge-agent* "$DROPIN" 2>/dev/null | sort -n | tail -n 1)"
+    [ -n "$at" ] && systemctl is-active --quiet "$1" && [ "$(date -d "$at" +%s)" -ge "$last" ]
 }
 start_all() {
     systemctl daemon-reload
@@ -493,6 +496,8 @@ start_all() {
         die "cannot start the service" "journalctl -u edge-agent-core -u edge-agent-link" ;;
     esac
     point "$HOME_DIR/current" "$before"
+    if [ -n "$way_back" ]; then point "$HOME_DIR/previous" "$way_back"; else rm -f "$HOME_DIR/previous"; fi
+    systemctl reset-failed edge-agent-core.service edge-agent-link.service 2>/dev/null || true
     systemctl restart edge-agent-core.service edge-agent-link.service || true
     die "cannot start version $name: $before is back in its place" "journalctl -u edge-agent-core -u edge-agent-link"
 }
