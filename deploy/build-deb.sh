@@ -166,7 +166,7 @@ chmod 755 "$stage"/DEBIAN/*inst "$stage"/DEBIAN/*rm
 find "$stage" -newermt "@$SOURCE_DATE_EPOCH" -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} +
 mkdir -p "$out"
 package="$out/edge-agent_${version}_$architecture.deb"
-dpkg-deb --root-owner-group -Zxz --build "$stage" "$package.new" >/dev/null
+DPKG_DEB_COMPRESSOR_TYPE="${DPKG_DEB_COMPRESSOR_TYPE:-xz}" dpkg-deb --root-owner-group --build "$stage" "$package.new" >/dev/null
 mv "$package.new" "$package"
 printf '%s\n' "$package"
 say "package $(du -m "$package" | cut -f1) MB, installed $((installed / 1024)) MB, with $runtime, for Python $python on $architecture"

@@ -222,9 +222,9 @@ done
 [ -n "$python" ] || die "cannot install: there is no Python 3.10 or newer" "apt-get install python3 python3-venv"
 inside "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     die "cannot install: $python has no venv module" "apt-get install python3-venv"
-read -r arch bits python_version < <(inside "$python" -c '
+read -r arch bits python_version <<<"$(inside "$python" -c '
 import platform, struct
-print(platform.machine(), struct.calcsize("P") * 8, ".".join(platform.python_version_tuple()[:2]))')
+print(platform.machine(), struct.calcsize("P") * 8, ".".join(platform.python_version_tuple()[:2]))')"
 # A 64-bit kernel under a 32-bit system says aarch64: what counts is what Python was built for.
 case "$arch:$bits" in
 x86_64:64 | aarch64:64) ;;
@@ -363,6 +363,7 @@ make_environment() {
     fi
     # The installer is not part of what runs: the next environment brings its own.
     inside "$build/bin/python" -m pip uninstall --quiet --yes pip setuptools >/dev/null 2>&1 || true
+    trim_environment "$target"/lib/python*/site-packages
     if [ "$build" != "$HOME_DIR/$name" ]; then
         # Made elsewhere than it will be: its own path is in scripts, and in what is compiled.
         grep -rlIF "$target" "$target/bin" "$target/pyvenv.cfg" "$target"/lib/*/site-packages/*.dist-info 2>/dev/null |
@@ -376,6 +377,21 @@ make_environment() {
     sync "$target" "$root$HOME_DIR"
     trap clean_up EXIT
 }
+# trim_environment SITE_PACKAGES: what no device needs. Tests of libraries, tools of model makers, accelerators that the
+# agent does not drive, and symbols for debuggers, from files that no tool has rewritten since they were linked.
+trim_environment() {
+    local file
+    find "$1/numpy" -type d -name tests -prune -exec rm -rf {} + 2>/dev/null || true
+    rm -rf "$1/numpy/f2py" "$1/numpy/distutils" "$1/securesystemslib/_vendor/ed25519/test_data" \
+        "$1/onnxruntime/tools" "$1/onnxruntime/transformers" "$1/onnxruntime/quantization" \
+        "$1/ai_edge_litert/tools" "$1/ai_edge_litert/vendors" "$1/ai_edge_litert/aot" \
+        "$1/ai_edge_litert/libLiteRtWebGpuAccelerator.so"
+    find "$1" -type f \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -o -name '*.h' -o -name '*.a' \) -delete
+    has strip || return 0
+    for file in "$1"/uvloop/*.so "$1"/cryptography/hazmat/bindings/*.so "$1"/ai_edge_litert/libpywrap*.so; do
+        [ ! -f "$file" ] || strip --strip-unneeded "$file" 2>/dev/null || true
+    done
+}
 fail_with_log() {
     tail -n 15 "$work/log" >&2
     die "$@"
@@ -388,7 +404,10 @@ try_environment() {
     inside "$1/bin/python" -I -m agent.cli.device --version >"$work/log" 2>&1 ||
         fail_with_log "cannot install: the new environment does not run"
     inside "$1/bin/python" -I -c '
-import sys
+import importlib.util, sys
+import agent.trust.envelope
+if importlib.util.find_spec("uvloop"):
+    import uvloop
 from agent.infer.runtimes.probe import Runtimes
 states = Runtimes().states()
 broken = [f"{name}: {states[name].reason}" for name in sys.argv[1:] if not states[name].usable]

@@ -146,6 +146,37 @@ def service() -> None:
     seen["users after purge"] = [line for line in Path("/etc/passwd").read_text().split() if "edge-agent" in line]
 
 
+def package() -> None:
+    """A package: installed, used, installed over itself, removed, installed again, purged."""
+    run("rm", "-rf", "/var/lib/edge-agent", "/var/lib/edge-agent-link")
+    deb = next((HERE / "deb").glob("*.deb"))
+    seen["before"] = files()
+    seen["install"] = run("dpkg", "-i", deb)
+    seen["states"] = states()
+    seen["detect"] = run("edge-agent", "detect")
+    seen["doctor"] = run("edge-agent", "doctor", "--json")
+    seen["added"] = package_agent("models", "add", str(HERE / "linear.tflite"))
+    seen["answer"] = package_agent("infer", "linear", "-i", f"x={HERE / 'x.json'}")
+    before = state()
+    seen["again"] = run("dpkg", "-i", deb)
+    seen["answer after upgrade"] = package_agent("infer", "linear", "-i", f"x={HERE / 'x.json'}")
+    seen["script beside package"] = install("deb")
+    seen["remove"] = run("dpkg", "-r", "edge-agent")
+    seen["left"] = files()
+    seen["state kept"] = before == state() and bool(before)
+    seen["installed again"] = run("dpkg", "-i", deb)
+    seen["answer of what was kept"] = package_agent("infer", "linear", "-i", f"x={HERE / 'x.json'}")
+    seen["purge"] = run("dpkg", "-P", "edge-agent")
+    seen["left after purge"] = files()
+    seen["users after purge"] = [line for line in Path("/etc/passwd").read_text().split() if "edge-agent" in line]
+
+
+def package_agent(*arguments: str) -> dict[str, object]:
+    answer = run("/usr/bin/edge-agent", *arguments, "--json")
+    answer["json"] = json.loads(str(answer["out"])) if answer["out"] else None
+    return answer
+
+
 def damage() -> None:
     """What doctor says of a service in which things are wrong."""
     run("systemctl", "disable", "edge-agent.target")
@@ -158,7 +189,7 @@ def damage() -> None:
 
 if __name__ == "__main__":
     try:
-        {"service": service}[sys.argv[1]]()
+        {"service": service, "package": package}[sys.argv[1]]()
     finally:
         units = [option for unit in UNITS for option in ("-u", unit)]
         seen["journal"] = run("journalctl", "--no-pager", *units)["out"]
