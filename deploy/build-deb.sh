@@ -11,6 +11,7 @@
 
 set -euo pipefail
 umask 022
+unset PYTHONPATH PYTHONHOME
 # shellcheck source=deploy/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 exec </dev/null

@@ -20,6 +20,7 @@
 
 set -euo pipefail
 umask 022
+unset PYTHONPATH PYTHONHOME # of whoever calls this: they would be seen as installed
 export LC_ALL=C PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PYTHONDONTWRITEBYTECODE=1 ORT_DISABLE_TELEMETRY=1
 
 HOME_DIR=/opt/edge-agent
@@ -86,11 +87,18 @@ inside() {
 has_own_python() { [ -n "$root" ] && [ -x "$root/usr/bin/python3" ]; }
 
 work="$(mktemp -d)"
-mounted=""
+mounted=() wheels_inside=""
 clean_up() {
-    [ -z "$mounted" ] || umount "$mounted" || true
-    [ -z "$mounted" ] || rmdir "$mounted" || true
+    local path
+    for path in ${mounted[@]+"${mounted[@]}"}; do umount "$path" || warn "cannot unmount $path"; done
+    [ -z "$wheels_inside" ] || rmdir "$wheels_inside" || true
     rm -rf "$work"
+}
+# mount_inside OPTIONS... FOLDER: for as long as this run lasts.
+mount_inside() {
+    mkdir -p "${*: -1}"
+    mount "$@"
+    mounted=("${*: -1}" ${mounted[@]+"${mounted[@]}"})
 }
 trap clean_up EXIT
 
@@ -328,7 +336,13 @@ make_environment() {
     [ "$free" -ge "$need_mb" ] ||
         die "cannot install: $free MB free at $root$HOME_DIR, $need_mb are needed" "free some space"
     rm -rf "$target"
-    if ! has_own_python; then build="$target"; fi
+    if ! has_own_python; then
+        build="$target"
+    else
+        # What runs in there, the trial of a runtime above all, needs these.
+        [ -e "$root/proc/self" ] || mount_inside -t proc proc "$root/proc"
+        [ -c "$root/dev/urandom" ] || mount_inside --bind /dev "$root/dev"
+    fi
     # Whatever ends this run, a part of an environment is never kept.
     trap 'rm -rf "$target"; clean_up' EXIT
     local options=()
@@ -342,9 +356,9 @@ make_environment() {
     if [ -n "$wheelhouse" ]; then
         local place="$wheelhouse"
         if has_own_python; then
-            mounted="$(mktemp -d "$root/tmp/edge-agent-wheels.XXXXXX")"
-            mount --bind "$wheelhouse" "$mounted"
-            place="${mounted#"$root"}"
+            wheels_inside="$(mktemp -d "$root/tmp/edge-agent-wheels.XXXXXX")"
+            mount_inside --bind "$wheelhouse" "$wheels_inside"
+            place="${wheels_inside#"$root"}"
         fi
         # Nothing of pip's configuration: another source in it would be the network again.
         inside env PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= PIP_EXTRA_INDEX_URL= "$build/bin/python" -m pip install --quiet --no-cache-dir \
