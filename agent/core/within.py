@@ -12,6 +12,7 @@ from agent.core.health import Finding
 from agent.core.operating import Operations
 from agent.operations.install import Installer
 from agent.operations.maintain import Maintenance
+from agent.trust.desk import Desk
 
 if TYPE_CHECKING:
     from agent.infer.runtimes.probe import Runtimes
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 class Within:
     """``hold`` puts a configuration into force, on the event loop's thread; ``findings`` are those that core makes.
 
-    ``figures`` are of this process, ``governor`` its levels, ``statistics`` the document of inference; ``diagnose`` all
-    checks and slow.
+    ``desk`` is where anything is wanted from outside. ``figures`` are of this process, ``governor`` its levels,
+    ``statistics`` the document of inference; ``diagnose`` all checks and slow.
     """
 
     operations: Operations
@@ -30,6 +31,7 @@ class Within:
     maintenance: Maintenance
     device: Device
     runtimes: Runtimes
+    desk: Desk
     file_config: Callable[[], Config]
     hold: Callable[[Config], None]
     status: Callable[[], dict[str, Any]]

@@ -19,8 +19,9 @@ from agent.base.errors import RefusedError, TryLaterError
 Reason = Literal[
     "bad_root", "bad_signature", "expired", "malformed", "mixed", "not_listed", "rollback", "too_long", "wrong_content"
 ]
-#: Why one is late: trying again may help.
-Delay = Literal["not_found", "stopped", "too_many", "too_slow", "unreachable"]
+#: Why one is late: trying again may help. A word is what whoever brings it may say.
+Word = Literal["not_found", "too_slow", "unreachable"]
+Delay = Literal[Word, "stopped", "too_many"]
 
 METADATA = "metadata"
 TARGETS = "targets"
