@@ -1,7 +1,7 @@
 """The link's life: talks to core, keeps the connection to the broker, and moves messages between the two.
 
-Four tasks with one owner: the conversation with core (settings, messages to publish), the connection, confirmations,
-and the report of how things are. Neither side waits for the other: without a broker telemetry is kept and core is asked
+Five tasks with one owner: the conversation with core (settings, messages to publish), the connection, confirmations,
+the report of how things are, and the delivery of what core wants. Neither side waits for the other: without a broker telemetry is kept and core is asked
 on, without core the session is held and nothing is acknowledged.
 """
 
@@ -22,6 +22,7 @@ from agent.base.files import read_bounded, write_atomically
 from agent.link.backoff import Backoff, Draw
 from agent.link.connection import LOST, NORMAL, WITH_WILL, Connection, End, Plan
 from agent.link.core_client import Core, CoreAbsentError, CoreRefusalError, Verdict
+from agent.link.delivery import Delivery
 from agent.link.identity import Identity, certificate_end, chain_of, read_password, tls_context
 from agent.link.inbound import Inbound
 from agent.link.outbound import Outcome, Pending, Publisher
@@ -85,11 +86,18 @@ class Link:
         self._heard_core = self._loop.time()
         self._core_start = ""
         self._told_silence = False
+        self._delivery = Delivery(core, self._ask_for_blocks, self.progress, draw=draw)
 
     async def run(self) -> None:
         """Serve until ``stop``. Whatever ends one of the tasks ends the link: a half working one helps nobody."""
         self._outbox.open()
-        parts = (self._keep_connected(), self._converse(), self._confirm(), self._report())
+        parts = (
+            self._keep_connected(),
+            self._converse(),
+            self._confirm(),
+            self._report(),
+            self._delivery.run(),
+        )
         tasks = [self._loop.create_task(part) for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -277,7 +285,7 @@ class Link:
 
     async def _connect(self, settings: Settings) -> None:
         """One connection, from dialling to its end."""
-        inbound = Inbound(self._hand_in, lambda stop: connection.hold(stop=stop))
+        inbound = Inbound(self._hand_in, lambda stop: connection.hold(stop=stop), self._delivery.take_block)
         try:
             session = self._last_session() + 1
             connection = Connection(self._plan(settings, session), inbound.take, lambda: self._ticked(began))
@@ -407,6 +415,16 @@ class Link:
         if settings is not None and settings.broker is not None:
             self.progress.expect("connection", settings.broker.keepalive_s + _SLACK_S)
         self._backoff.held(self._loop.time() - began)
+
+    def _ask_for_blocks(self, rest: str, payload: bytes) -> asyncio.Future[int]:
+        """With QoS 1 where there is room: its answer tells whether anybody listens."""
+        settings, connection = self._settings, self._connection
+        if connection is None or settings is None or settings.state != "enrolled":
+            lost: asyncio.Future[int] = self._loop.create_future()
+            lost.set_result(LOST)
+            return lost
+        qos = 1 if connection.under_way < connection.window else 0
+        return connection.publish(settings.topic(rest), payload, retain=False, qos=qos)
 
     def _wake(self) -> None:
         if self._publisher is not None:
