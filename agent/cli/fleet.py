@@ -18,6 +18,7 @@ from agent import __version__
 from agent.base.errors import AgentError
 from agent.cli import (
     fleet_approve,
+    fleet_blocks,
     fleet_desired,
     fleet_devices,
     fleet_fit,
@@ -103,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     fleet_watch.register(commands, common)
     fleet_pack.register(commands, output)
     fleet_repository.register(commands, common)
+    fleet_blocks.register(commands, common)
     return top
 
 

@@ -1,8 +1,8 @@
 """The link's life: talks to core, keeps the connection to the broker, and moves messages between the two.
 
 Five tasks with one owner: the conversation with core (settings, messages to publish), the connection, confirmations,
-the report of how things are, and the delivery of what core wants. Neither side waits for the other: without a broker telemetry is kept and core is asked
-on, without core the session is held and nothing is acknowledged.
+the report of how things are, and the delivery of what core wants. Neither side waits for the other: without a broker
+telemetry is kept and core is asked on, without core the session is held and nothing is acknowledged.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import signal
 import stat
@@ -12,7 +11,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,40 +22,9 @@ from agent.trust.desk import Desk
 from agent.trust.landing import OffsetError
 from agent.trust.wants import DelayError, DeliveryError, Want, ids
 from tests.conftest import ROOT
+from tests.trust.waiter import Waiter, opened, want_for
 
 DATA = bytes(range(256)) * 20
-
-
-def want_for(data: bytes, **changed: object) -> Want:
-    found = {"most": len(data), "within_s": 30.0, "length": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return Want("w1", "targets/x", **{**found, **changed})  # type: ignore[arg-type]
-
-
-class Waiter(threading.Thread):
-    """Somebody who needs the file: what it was told, and how it ended."""
-
-    def __init__(self, desk: Desk, want: Want, path: Path, go_on: Callable[[], None] = lambda: None) -> None:
-        super().__init__(daemon=True)
-        self.told: list[int] = []
-        self.error: BaseException | None = None
-        self._call = lambda: desk.fetch_file(want, path, self.told.append, go_on)
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._call()
-        except BaseException as error:
-            self.error = error
-
-    def end(self) -> BaseException | None:
-        self.join(20)
-        assert not self.is_alive()
-        return self.error
-
-
-def opened(desk: Desk) -> Want:
-    (want,) = desk.open_wants(20)
-    return want
 
 
 # -- into memory ------------------------------------------------------------------------------------------------------
@@ -309,7 +276,8 @@ def test_a_full_disk_ends_the_want_with_what_to_do(tmp_path: Path) -> None:
     code = """
 import errno, os, resource, signal, sys, threading
 from pathlib import Path
-from tests.trust.test_desk import DATA, Waiter, opened, want_for
+from tests.trust.test_desk import DATA
+from tests.trust.waiter import Waiter, opened, want_for
 from agent.base.errors import DamagedError, TryLaterError
 from agent.trust.desk import Desk
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -335,7 +303,8 @@ def test_a_killed_core_goes_on_where_its_file_ends(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from tests.trust.test_desk import DATA, Waiter, opened, want_for
+from tests.trust.test_desk import DATA
+from tests.trust.waiter import Waiter, opened, want_for
 from agent.trust.desk import Desk
 desk = Desk()
 Waiter(desk, want_for(DATA), Path(sys.argv[1]))
