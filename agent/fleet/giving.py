@@ -113,6 +113,11 @@ class Giver:
         if fresh:
             self._waiting.setdefault(found.device, []).extend(fresh)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether somebody waits for a block."""
+        return bool(self._waiting)
+
     def give(self) -> None:
         """One block, to the device whose turn it is."""
         if not self._waiting:

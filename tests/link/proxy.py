@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 _CHUNK = 16384
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close() sends a reset
+#: tcp_info in linux/tcp.h: where tcpi_bytes_acked lies.
+_INFO_BYTES, _ACKED_AT = 192, 120
 
 
 @dataclass
@@ -51,6 +53,8 @@ class Proxy:
         self.forwarded = 0
         #: When each connection was made, in the loop's seconds.
         self.times: list[float] = []
+        #: Bytes that each client's kernel acknowledged, of connections that are over, by our port towards the target.
+        self.acknowledged: dict[int, int] = {}
 
     def __enter__(self) -> Proxy:
         self._thread.start()
@@ -184,6 +188,10 @@ class Proxy:
     def _close(self, pair: tuple[asyncio.StreamWriter, asyncio.StreamWriter]) -> None:
         if pair in self._pairs:
             self._pairs.discard(pair)
+            near, far = (writer.get_extra_info("socket") for writer in pair)
+            with contextlib.suppress(OSError):
+                said = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+                self.acknowledged[far.getsockname()[1]] = struct.unpack_from("Q", said, _ACKED_AT)[0]
             for writer in pair:
                 _reset(writer)
 
