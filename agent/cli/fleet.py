@@ -21,6 +21,7 @@ from agent.cli import (
     fleet_blocks,
     fleet_desired,
     fleet_devices,
+    fleet_export,
     fleet_fit,
     fleet_init,
     fleet_jobs,
@@ -105,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     fleet_pack.register(commands, output)
     fleet_repository.register(commands, common)
     fleet_blocks.register(commands, common)
+    fleet_export.register(commands, common)
     return top
 
 

@@ -115,9 +115,9 @@ def test_bytes_for_another_place_are_told_where_they_belong(side: Side, tmp_path
     assert isinstance(waiter.end(), DelayError)
 
 
-@pytest.mark.parametrize("offset", ["", "-1", "x", "1.5", "1" * 16, "٣"])
+@pytest.mark.parametrize("offset", ["", "-1", "x", "1.5", "1" * 16, "%D9%A3"])
 def test_an_offset_that_is_none_is_refused(side: Side, offset: str) -> None:
-    assert side.put(offset.encode("utf-8").hex() if not offset.isascii() else offset, b"x")[0] in (400, 404)
+    assert side.put(offset, b"x")[0] == 400
     assert side.ask("PUT", "/v1/incoming/w1", b"x")[0] == 400
 
 

@@ -13,7 +13,7 @@ from agent.fleet.broker import Received
 from agent.fleet.giving import Giver
 from agent.link.connection import LOST
 from agent.trust.wants import DelayError, Want
-from agent.wire.blocks import BLOCK_BYTES, Block, parse_question
+from agent.wire.blocks import BLOCK_BYTES, Block, parse_block, parse_question
 from tests.link.broker import until
 from tests.link.errands import Site
 from tests.link.mirror_server import Mirror
@@ -153,8 +153,6 @@ def test_silence_is_told_too(air: Air, tmp_path: Path) -> None:
     ids=["another-length", "a-byte-less", "nothing", "busy"],
 )
 def test_whoever_gives_wrong_blocks_delays(air: Air, tmp_path: Path, lie: Callable[[Block], Block]) -> None:
-    from agent.wire.blocks import parse_block
-
     air.spoil = lambda payload: [lie(parse_block(payload)).encode()]
     error = fetch(air, tmp_path)
     assert isinstance(error, DelayError) and error.code == "unreachable"
