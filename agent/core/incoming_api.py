@@ -7,11 +7,12 @@ judged by whoever wanted them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from agent.base.config import DeliveryConfig
 from agent.base.errors import PeerError
@@ -22,7 +23,7 @@ from agent.serve.limits import MIB
 from agent.serve.routes import Route
 from agent.trust.desk import Desk
 from agent.trust.landing import OffsetError
-from agent.trust.wants import DeliveryError, Want, Word
+from agent.trust.wants import WORDS, DeliveryError, Want
 
 _MOST_BODY = MIB
 _MOST_TEXT = 500
@@ -45,7 +46,12 @@ class IncomingApi:
     def start(self) -> None:
         """From now on whoever waits hears of new wants."""
         loop = asyncio.get_running_loop()
-        self._desk.watch(lambda: loop.call_soon_threadsafe(self.wake))
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(self.wake)
+
+        self._desk.watch(tell)
 
     def stop(self) -> None:
         """Nobody waits any more, neither for bytes nor for wants."""
@@ -82,18 +88,19 @@ class IncomingApi:
 
     def _document(self) -> dict[str, Any]:
         wants, config = self._desk.open_wants(), self._delivery()
-        said = {
+        rows = [_described(want) for want in wants]
+        said: dict[str, Any] = {
             "mirrors": list(config.mirrors),
             "ca_file": config.ca_file,
             "rate_kib_s": config.rate_kib_s,
             "blocks": config.blocks,
-            "wants": [_described(want) for want in wants],
+            "wants": rows,
         }
         if said != self._said:  # how far a want has come is no news
             self._said = said
             self._version += 1
-        rows = [{**row, "offset": want.offset} for row, want in zip(said["wants"], wants, strict=True)]
-        return {"version": self._version, **said, "wants": rows}
+        here = [{**row, "offset": want.offset} for row, want in zip(rows, wants, strict=True)]
+        return {"version": self._version, **said, "wants": here}
 
     async def _put(self, request: Request) -> Response:
         options = request.options()
@@ -109,9 +116,10 @@ class IncomingApi:
 
     def _failed(self, request: Request) -> Response:
         document = request.json()
-        code, text = document.get("code"), document.get("text")
-        if code not in get_args(Word):
-            raise PeerError(f"cannot read request: 'code' must be one of {', '.join(get_args(Word))}")
+        text = document.get("text")
+        code = next((word for word in WORDS if word == document.get("code")), None)
+        if code is None:
+            raise PeerError(f"cannot read request: 'code' must be one of {', '.join(WORDS)}")
         if not isinstance(text, str):
             raise PeerError("cannot read request: 'text' must be a text")
         self._desk.fail(request.params["id"], code, text[:_MOST_TEXT])

@@ -101,7 +101,8 @@ class _Pull:
     ) -> None:
         self._say = say
         self._times = patience.times
-        self._again_s = patience.again_s
+        self._least_s = self._again_s = patience.again_s
+        self._took_s = 0.0
         self._loop = asyncio.get_running_loop()
         self._xfer = xfer
         self._path = path
@@ -132,7 +133,8 @@ class _Pull:
 
     async def _wait_for_first(self) -> None:
         transfer, silent = self._transfer, 0
-        end, here = self._loop.time() + self._again_s, len(transfer.came)
+        began, here = self._loop.time(), len(transfer.came)
+        end = began + self._again_s
         while transfer.first not in transfer.came:
             transfer.news.clear()
             try:
@@ -144,10 +146,13 @@ class _Pull:
                 # The way may be slow and not lossy: later and later, and less at a time.
                 self._again_s, self._ahead = min(_LONGEST_S, 2 * self._again_s), 1
                 self._ask_again()
-                end = self._loop.time() + self._again_s
+                began = self._loop.time()
+                end = began + self._again_s
             self._look()
             if len(transfer.came) > here:
                 end, here = self._loop.time() + self._again_s, len(transfer.came)
+        self._took_s = max(self._loop.time() - began, 0.75 * self._took_s)
+        self._again_s = min(_LONGEST_S, max(self._least_s, 4 * self._took_s))
 
     def _look(self) -> None:
         if self._transfer.trouble == "not_found":

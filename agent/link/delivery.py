@@ -29,6 +29,7 @@ from agent.link.identity import checking_context
 from agent.link.mirror import Asked, fetch
 from agent.link.progress import Progress
 from agent.link.sources import BLOCKS, Pace, SourceError, Sources, Word
+from agent.link.tasks import end
 from agent.link.wanted import Listing, Put, Wanted
 from agent.link.web import Patience
 
@@ -126,8 +127,7 @@ class Delivery:
                     known, pause_s = listing.version, _RETRY_S[0]
                     self._follow(listing)
         finally:
-            for errand in self._errands.values():
-                errand.cancel()
+            await end(*self._errands.values())
 
     def _follow(self, listing: Listing) -> None:
         """Serve what is wanted, and nothing else."""

@@ -29,6 +29,7 @@ from agent.link.outbound import Outcome, Pending, Publisher
 from agent.link.outbox import Outbox
 from agent.link.progress import Progress
 from agent.link.settings import Message, Settings, known_streams
+from agent.link.tasks import end
 
 _LOG = logging.getLogger("edge_agent.link")
 
@@ -104,7 +105,7 @@ class Link:
             for task in done:
                 task.result()
         finally:
-            await _end(*tasks)
+            await end(*tasks)
             if self._connection is not None:
                 self._connection.abort("the link ends")
             self._outbox.close()
@@ -337,7 +338,7 @@ class Link:
         try:
             await asyncio.wait({task, interrupt}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _end(task, interrupt)
+            await end(task, interrupt)
         if task.cancelled():
             return True
         task.result()
@@ -429,12 +430,3 @@ class Link:
     def _wake(self) -> None:
         if self._publisher is not None:
             self._publisher.wake()
-
-
-async def _end(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel tasks until they have ended: before Python 3.12 ``wait_for`` may swallow a cancellation."""
-    left = {task for task in tasks if not task.done()}
-    while left:
-        for task in left:
-            task.cancel()
-        _, left = await asyncio.wait(left, timeout=0.1)

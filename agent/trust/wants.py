@@ -23,6 +23,8 @@ Reason = Literal[
 Word = Literal["not_found", "too_slow", "unreachable"]
 Delay = Literal[Word, "stopped", "too_many"]
 
+WORDS: tuple[Word, ...] = ("not_found", "too_slow", "unreachable")
+
 METADATA = "metadata"
 TARGETS = "targets"
 

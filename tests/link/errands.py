@@ -15,6 +15,7 @@ from agent.link.connection import LOST
 from agent.link.core_client import CoreClient
 from agent.link.delivery import Delivery, Patiences
 from agent.link.progress import Progress
+from agent.link.tasks import end
 from agent.link.web import Patience
 from agent.serve.admin import admin_server
 from agent.serve.server import Server
@@ -22,7 +23,7 @@ from agent.trust.desk import Desk
 from tests.serve.running import Running
 
 #: Short enough for a test. A busy machine makes a good mirror slow, too: it is tried again.
-MIRROR, BLOCKS = Patience(1.0, 4096), BlockPatience(0.2, 4)
+MIRROR, BLOCKS = Patience(1.0, 4096), BlockPatience(0.1, 4)
 
 Say = Callable[[str, bytes], int]
 
@@ -55,15 +56,18 @@ class Site:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
-        self._task = asyncio.run_coroutine_threadsafe(self._run(), self.loop)
+        made = threading.Event()
+        asyncio.run_coroutine_threadsafe(self._run(made), self.loop)
+        assert made.wait(30)
         return self
 
-    async def _run(self) -> None:
+    async def _run(self, made: threading.Event) -> None:
         client = CoreClient(self._path)
         try:
             self.delivery = Delivery(
                 client, self._said, Progress(self.loop.time), self._patiences, lambda low, high: min(high, 0.05)
             )
+            made.set()
             await self.delivery.run()
         finally:
             client.close()
@@ -82,13 +86,10 @@ class Site:
     ) -> None:
         self._running.look(self.api.stop)
 
-        async def end() -> None:
-            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
+        async def work() -> None:
+            await end(*(task for task in asyncio.all_tasks() if task is not asyncio.current_task()))
 
-        asyncio.run_coroutine_threadsafe(end(), self.loop).result(30)
+        asyncio.run_coroutine_threadsafe(work(), self.loop).result(30)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(30)
         self.loop.close()

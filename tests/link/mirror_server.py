@@ -31,6 +31,15 @@ class Exchange(BaseHTTPRequestHandler):
             self.request = self.mirror.context.wrap_socket(self.request, server_side=True)
         super().setup()
 
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError):
+            super().finish()
+        self.request.close()
+
     def do_GET(self) -> None:
         self.mirror.ports.append(self.client_address[1])
         self.mirror.asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}))

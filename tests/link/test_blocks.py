@@ -72,7 +72,7 @@ def repository(tmp_path: Path) -> Path:
 @pytest.fixture
 def air(short_dir: Path, repository: Path) -> Iterator[Air]:
     made = Air(repository)
-    with Site(short_dir, made.say, longest_s=3.0) as site:
+    with Site(short_dir, made.say, longest_s=0.5) as site:
         made.site = site
         yield made
 
@@ -103,7 +103,7 @@ def test_metadata_comes_though_nobody_knows_its_length(air: Air) -> None:
 
 
 def test_what_is_lost_is_asked_for_again(air: Air, tmp_path: Path) -> None:
-    lost = iter([True, False, False, True, True, True, False] * 20)
+    lost = iter([True, False, False, False, False, True, True, False, False] * 20)
     air.spoil = lambda payload: [] if next(lost) else [payload]
     assert fetch(air, tmp_path) is None
     assert (tmp_path / "payload").read_bytes() == DATA

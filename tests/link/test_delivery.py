@@ -100,7 +100,7 @@ def test_a_file_that_changed_is_passed_over_up_to_the_offset(short_dir: Path, mi
     """Its digest tells in the end; a mirror that changed nothing but the tag costs time only."""
 
     def short(exchange: Exchange) -> None:
-        exchange.head(200, Content_Length=len(DATA), ETag='"of yesterday"')
+        exchange.head(200, Content_Length=len(DATA), ETag='"of-yesterday"')
         exchange.body(DATA[:200_000])
 
     mirror.scripts.append(short)
