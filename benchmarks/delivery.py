@@ -3,8 +3,8 @@
 Real processes on this machine: core with its store and sockets, link, a mirror that speaks HTTPS with ranges, and a
 proxy between link and mirror. Core wants one payload; the proxy resets the connection after random counts of bytes,
 again and again; a second time link and core are killed instead (SIGKILL, at random moments, in turns). Fetched again is
-what came to link's side of the connection (as its kernel has acknowledged it, TLS and heads included) beyond where the
-next connection went on. Memory is the peak of each process while it fetches, above what it had before.
+what went to link's side of the connection (as the kernel counts it, TLS and heads included) beyond where the next
+connection went on. Memory is the peak of each process while it fetches, above what it had before.
 
     python benchmarks/delivery.py [--json] [--quick] [--mb N] [--cuts N] [--kills N] [--seed N]
 """
@@ -43,6 +43,7 @@ BUDGETS = {
 }
 PATH = "targets/payload"
 _PATIENCE_S = 1800.0
+_WAY_BYTES = 64 << 10
 #: Core as ``edge-agent core`` runs it; when it is told so it wants a payload, as a job does, and says when it is there.
 _CORE = """
 import asyncio, json, sys, threading
@@ -177,7 +178,7 @@ class Line:
 
     def run_cuts(self, cuts: int, draw: random.Random) -> dict:
         """Reset the connection so often; all of them before the end."""
-        with self._mirror, Proxy(self._mirror.port) as proxy:
+        with self._mirror, Proxy(self._mirror.port, send_bytes=_WAY_BYTES) as proxy:
             most = int(1.8 * self._size / cuts)
             proxy.cut_after(*(draw.randrange(1, most) for _ in range(cuts)))
             self._start(proxy, rate_kib_s=0)
@@ -202,7 +203,7 @@ class Line:
 
     def run_kills(self, kills: int, draw: random.Random) -> dict:
         """Kill link and core in turns, at moments that are spread over the whole of it."""
-        with self._mirror, Proxy(self._mirror.port) as proxy:
+        with self._mirror, Proxy(self._mirror.port, send_bytes=_WAY_BYTES) as proxy:
             self._start(proxy, rate_kib_s=0)
             self._core.want()
             payload = self._folder / "payload"
@@ -243,7 +244,7 @@ class Line:
         proxy.reset()
         firsts = [int(asked.removeprefix("bytes=").rstrip("-") or 0) for asked in self._mirror.ranges]
         again = [
-            first + proxy.acknowledged.get(port, 0) - after
+            first + proxy.sent.get(port, 0) - after
             for first, port, after in zip(firsts, self._mirror.ports, firsts[1:], strict=False)
         ]
         with (self._folder / "payload").open("rb") as file:

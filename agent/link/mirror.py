@@ -21,8 +21,9 @@ from agent.link.dialling import dial
 from agent.link.sources import MOST_PIECE, Pace, SourceError
 from agent.link.web import Body, Head, Patience, Stream, length_of, read_head
 
-#: What the kernel may hold unread: lost when link is killed. It bounds the rate too: 7 MB/s at 50 ms.
-_SOCKET_BYTES = 384 << 10
+#: What the kernel may hold unread, and twice that with its own books: lost when link is killed. It bounds the rate, too:
+#: to 5 MB/s at 50 ms.
+_SOCKET_BYTES = 256 << 10
 _MOST_REDIRECTS = 3
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _MISSING = frozenset((404, 410))
