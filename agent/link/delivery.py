@@ -81,6 +81,14 @@ class _Errand:
     absent: set[str] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """How a place failed: the words alone, an error would keep what was under way in memory."""
+
+    code: Word
+    text: str
+
+
 class _EndedError(Exception):
     """The want is done with: it has its bytes, or core has refused or withdrawn it."""
 
@@ -156,7 +164,7 @@ class Delivery:
 
     async def _bring(self, errand: _Errand) -> tuple[Word, str]:
         """Ask one place after the other. Returns why nobody brings it."""
-        want, failures = errand.want, dict[str, SourceError]()
+        want, failures = errand.want, dict[str, _Failure]()
         patience_s = min(want.within_s * _SHARE, self._patiences.longest_s)
         while True:
             chosen = self._sources.choose(errand.absent, self._loop.time())
@@ -169,7 +177,7 @@ class Delivery:
             try:
                 await self._from(name, errand)
             except SourceError as error:
-                failures[name] = error
+                failures[name] = _Failure(error.code, str(error))
                 if error.code == "not_found":
                     errand.absent |= {name, BLOCKS}
                     if _ROOT.fullmatch(want.path):
@@ -247,7 +255,7 @@ class Delivery:
                 return
 
 
-def _summary(failures: Mapping[str, SourceError], names: tuple[str, ...]) -> tuple[Word, str]:
+def _summary(failures: Mapping[str, _Failure], names: tuple[str, ...]) -> tuple[Word, str]:
     """Why nobody brings it: absent only where all that answered say so."""
     if not names:
         return "unreachable", "no mirror is configured, and blocks through the broker are off"
@@ -257,4 +265,4 @@ def _summary(failures: Mapping[str, SourceError], names: tuple[str, ...]) -> tup
         code = "not_found"
     elif "too_slow" in codes:
         code = "too_slow"
-    return code, "; ".join(f"{name}: {failure}" for name, failure in failures.items())
+    return code, "; ".join(f"{name}: {failure.text}" for name, failure in failures.items())

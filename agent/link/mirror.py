@@ -21,7 +21,7 @@ from agent.link.dialling import dial
 from agent.link.sources import MOST_PIECE, Pace, SourceError
 from agent.link.web import Body, Head, Patience, Stream, length_of, read_head
 
-#: What the kernel may hold unread, and twice that with its own books: lost when link is killed. It bounds the rate, too:
+#: What the kernel may hold unread (twice that, with its own books): lost when link is killed. It bounds the rate, too:
 #: to 5 MB/s at 50 ms.
 _SOCKET_BYTES = 256 << 10
 _MOST_REDIRECTS = 3
@@ -80,7 +80,10 @@ async def fetch(asked: Asked, tls: ssl.SSLContext, patience: Patience, pace: Pac
             if filled < room:
                 break
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                failure = None  # or it would keep this frame, and so the buffer, until the collector comes
         if asked.length is not None and left:
             raise SourceError("unreachable", "it has less of the file than belongs there")
 
