@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,9 @@ _POLL_S = 1.0
 _QUIET_S = 5.0
 _ENDED = frozenset(("succeeded", "failed", "rejected", "cancelled"))
 _PARTS = ("metadata", "targets")
+_ROOT = re.compile(r"metadata/\d+\.root\.json")
+#: So long nobody else has brought a byte of what is not here.
+_OTHERS_S = 10.0
 
 
 def register(commands: Commands, common: argparse.ArgumentParser) -> None:
@@ -86,6 +90,8 @@ class Errand:
         self._refused: list[dict[str, str]] = []
         self._bytes = 0
         self._done: set[str] = set()
+        #: Wants for what is not here: since when, and how many bytes core had then.
+        self._absent: dict[str, tuple[float, int]] = {}
 
     def run(self, wait_s: float) -> dict[str, Any]:
         """What was brought, and how the job ended. RefusedError when core does not take the job."""
@@ -149,10 +155,7 @@ class Errand:
         try:
             file = self._file(path)
             if file is None:
-                self._done.add(want["id"])
-                self._missing.append(path)
-                text = f"it is not in {self._folder}"
-                self._core.call("POST", _incoming(want, "/failed"), {"code": "not_found", "text": text})
+                self._pass_over(want)
                 return
             if self._bring(want, file):
                 self._done.add(want["id"])
@@ -165,6 +168,18 @@ class Errand:
             self._done.add(want["id"])
             self._refused.append({"path": path, "reason": str(error)})
             self._say(f"{path} is refused: {error}")
+
+    def _pass_over(self, want: Mapping[str, Any]) -> None:
+        """It is not here. Of a root that means that there is no newer one; for anything else the link has its time."""
+        here = (time.monotonic(), want["offset"])
+        since, offset = self._absent.setdefault(want["id"], here)
+        if want["offset"] != offset:
+            self._absent[want["id"]] = here  # somebody else is bringing it
+        elif _ROOT.fullmatch(want["path"]) or here[0] - since >= _OTHERS_S:
+            self._done.add(want["id"])
+            self._missing.append(want["path"])
+            text = f"it is not in {self._folder}"
+            self._core.call("POST", _incoming(want, "/failed"), {"code": "not_found", "text": text})
 
     def _bring(self, want: Mapping[str, Any], file: Path) -> bool:
         """Whether core has all of it."""

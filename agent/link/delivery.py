@@ -46,6 +46,8 @@ _SHARE, _LONGEST_S = 0.75, 900.0
 _SOME_BYTES = 16 << 10
 #: Whoever needs something new is not made to wait for what went wrong with something else.
 _FIRST_PAUSE_S = 1.0
+#: Without any place to ask; and how long somebody else is left to it.
+_NOBODY_S, _POLL_SOURCES_S, _OTHERS_S = 10.0, 1.0, 5.0
 
 
 class Wanting(Protocol):
@@ -114,6 +116,12 @@ class Delivery:
         self._errands: dict[str, asyncio.Task[None]] = {}
         self._ca_file = ""
         self._tls: ssl.SSLContext | None = None
+        self._trouble = ""
+
+    def state(self) -> dict[str, str | int]:
+        """How it goes, for core: how much is being fetched, and what went wrong last."""
+        under_way = sum(not errand.done() for errand in self._errands.values())
+        return {"fetching": under_way, "trouble": self._trouble[:200]}
 
     def take_block(self, xfer: str, payload: bytes) -> None:
         """A block came from the broker."""
@@ -155,20 +163,41 @@ class Delivery:
         try:
             with contextlib.suppress(_EndedError):
                 code, text = await self._bring(errand)
+                while await self._brought_by_another(errand):
+                    code, text = await self._bring(errand)
                 _LOG.warning("%s cannot be brought: %s", want.path, text)
+                self._trouble = text
                 await self._core.failed(want.id, code, text)
         except (CoreAbsentError, CoreRefusalError, DamagedError) as error:
             _LOG.info("%s is given up: %s", want.path, error)
         except Exception as error:  # noqa: BLE001 - whatever a mirror sent, jobs and telemetry must not end with it
             _LOG.error("the delivery of %s failed", want.path, exc_info=error)
 
+    async def _brought_by_another(self, errand: _Errand) -> bool:
+        """Somebody with a stick may be at it: then it is not for us to give up."""
+        listing = await self._core.wants(None, 0.0)
+        offset = next((want.offset for want in listing.wants if want.id == errand.want.id), None)
+        if offset is None:
+            raise _EndedError
+        if offset <= errand.offset:
+            return False
+        errand.offset, errand.since = offset, self._loop.time()
+        errand.absent.clear()
+        await asyncio.sleep(_OTHERS_S)
+        return True
+
     async def _bring(self, errand: _Errand) -> tuple[Word, str]:
         """Ask one place after the other. Returns why nobody brings it."""
         want, failures = errand.want, dict[str, _Failure]()
         patience_s = min(want.within_s * _SHARE, self._patiences.longest_s)
+        if not self._sources.names:
+            patience_s = min(patience_s, _NOBODY_S)
         while True:
             chosen = self._sources.choose(errand.absent, self._loop.time())
             left_s = errand.since + patience_s - self._loop.time()
+            if not self._sources.names and left_s > 0:
+                await asyncio.sleep(min(left_s, _POLL_SOURCES_S))  # somebody may bring it by hand, or name a mirror
+                continue
             if chosen is None or (failures and chosen[1] > max(0.0, left_s)):
                 return _summary(failures, self._sources.names)
             name, pause_s = chosen
@@ -185,6 +214,7 @@ class Delivery:
                 elif errand.gained < _SOME_BYTES:
                     _LOG.info("%s does not bring %s: %s", name, want.path, error)
                     self._sources.failed(name, self._loop.time())
+                    self._trouble = f"{name}: {error}"
 
     async def _from(self, name: str, errand: _Errand) -> None:
         """Bring what is missing from one place. Returns when core wants another offset than was under way."""
@@ -251,6 +281,7 @@ class Delivery:
                     errand.since = self._loop.time()
                     self._sources.worked(name)
                 if put.done:
+                    self._trouble = ""
                     raise _EndedError
                 return
 

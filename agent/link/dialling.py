@@ -109,6 +109,7 @@ def _tune(sock: socket.socket, silence_s: float) -> None:
 
 async def _encrypted(sock: socket.socket, tls: ssl.SSLContext, host: str) -> socket.socket:
     try:
+        sock.getpeername()  # of one that was reset meanwhile, wrap_socket would leave a half-made one behind
         wrapped = tls.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
     except BaseException:
         sock.close()

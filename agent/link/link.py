@@ -262,6 +262,7 @@ class Link:
             "reconnects": max(0, self._connects - 1),
             "takeover": self._backoff.contested,
             "certificate_ends": self._certificate_ends,
+            "delivery": self._delivery.state(),
             "outbox": {"records": counts.records, "bytes": counts.bytes, "dropped": counts.dropped},
         }
 

@@ -24,7 +24,7 @@ from agent.serve.server import Server
 from agent.trust.desk import Desk
 from agent.trust.wants import DelayError, DeliveryError, Want
 from tests.serve.running import Running
-from tests.trust.waiter import Waiter, want_for
+from tests.trust.waiter import Waiter, opened, want_for
 
 DATA = os.urandom((2 << 20) + 5)
 
@@ -74,6 +74,7 @@ class Device:
 def device(short_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     monkeypatch.setattr(deliver_command, "_QUIET_S", 0.3)
     monkeypatch.setattr(deliver_command, "_POLL_S", 0.1)
+    monkeypatch.setattr(deliver_command, "_OTHERS_S", 0.5)
     made = Device(short_dir)
     with Running(made.make, short_dir / "admin.sock") as running:
         yield made
@@ -153,6 +154,20 @@ def test_a_file_that_was_cut_off_is_told(
     assert isinstance(error, DelayError) and error.code == "not_found"
     assert f"has {size} of {len(DATA)} bytes" in capsys.readouterr().out
     assert (device.folder / "payload").read_bytes() == DATA[:size], "what came stays for the next stick"
+
+
+def test_what_is_not_on_the_stick_is_left_to_the_link(device: Device, stick: Path) -> None:
+    waiter = Waiter(device.desk, want_for(DATA, path="targets/elsewhere"), device.folder / "payload")
+    ended: list[int] = []
+    delivering = threading.Thread(target=lambda: ended.append(device.deliver(stick)))
+    delivering.start()
+    opened(device.desk)
+    for offset in range(0, len(DATA), 1 << 18):
+        device.desk.put("w1", offset, [DATA[offset : offset + (1 << 18)]])
+        assert offset + (1 << 18) >= len(DATA) or not waiter.end_within(0.1), waiter.error
+    assert waiter.end() is None
+    delivering.join(30)
+    assert ended == [0]
 
 
 def test_a_job_that_is_refused_ends_it(device: Device, stick: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,9 +154,21 @@ def test_of_anything_else_each_mirror_is_asked(short_dir: Path, mirror: Mirror) 
 
 
 def test_without_any_place_to_ask_core_is_told_so(short_dir: Path) -> None:
-    with Site(short_dir, blocks=False) as site:
+    with Site(short_dir, longest_s=0.3, blocks=False) as site:
         error = Waiter(site.desk, want(), short_dir / "payload").end()
     assert isinstance(error, DelayError) and error.code == "unreachable" and "no mirror is configured" in str(error)
+
+
+def test_who_brings_it_by_hand_is_left_to_it(short_dir: Path, mirror: Mirror) -> None:
+    mirror.always = lambda exchange: exchange.head(503, Content_Length=0)
+    with Site(short_dir, longest_s=0.2, **at(mirror)) as site:
+        waiter = Waiter(site.desk, want(), short_dir / "payload")
+        opened(site.desk)
+        for offset in range(0, len(DATA), 70_000):
+            site.desk.put("w1", offset, [DATA[offset : offset + 70_000]])
+            assert offset + 70_000 >= len(DATA) or not waiter.end_within(0.1)
+        assert waiter.end() is None
+    assert (short_dir / "payload").read_bytes() == DATA
 
 
 def test_a_mirror_that_comes_back_is_used_again(short_dir: Path, mirror: Mirror) -> None:

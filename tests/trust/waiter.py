@@ -44,6 +44,11 @@ class Waiter(threading.Thread):
         except BaseException as error:
             self.error = error
 
+    def end_within(self, seconds: float) -> bool:
+        """Whether it ends in that time."""
+        self.join(seconds)
+        return not self.is_alive()
+
     def end(self) -> BaseException | None:
         """How it ended, waited for."""
         self.join(PATIENCE_S)
