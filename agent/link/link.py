@@ -20,6 +20,7 @@ from agent.base.clock import Clock, SystemClock, iso
 from agent.base.errors import AgentError, DamagedError
 from agent.base.files import read_bounded, write_atomically
 from agent.link.backoff import Backoff, Draw
+from agent.link.confirming import Confirmations
 from agent.link.connection import LOST, NORMAL, WITH_WILL, Connection, End, Plan
 from agent.link.core_client import Core, CoreAbsentError, CoreRefusalError, Verdict
 from agent.link.delivery import Delivery
@@ -28,7 +29,7 @@ from agent.link.inbound import Inbound
 from agent.link.outbound import Outcome, Pending, Publisher
 from agent.link.outbox import Outbox
 from agent.link.progress import Progress
-from agent.link.settings import Message, Settings, known_streams
+from agent.link.settings import Settings, known_streams
 from agent.link.tasks import end
 
 _LOG = logging.getLogger("edge_agent.link")
@@ -45,7 +46,6 @@ _GOODBYE_S = 2.0
 _SILENCE_S = 30.0
 #: The slowest that a part may be about what is never slow: look-up, handshakes, a disk that is busy.
 _SLACK_S = 120.0
-_MOST_CONFIRMATIONS = 4096
 
 
 class Link:
@@ -76,8 +76,7 @@ class Link:
         self._stopping = False
         #: The connection is to look at settings and ``_stopping`` again.
         self._interrupt = asyncio.Event()
-        self._to_confirm: dict[int | str, None] = {}
-        self._confirm_due = asyncio.Event()
+        self._confirmations = Confirmations(core)
         self._session = 0
         self._certificate_ends: str | None = None
         self._connected_with = 0  # version of the settings of the present connection
@@ -95,7 +94,7 @@ class Link:
         parts = (
             self._keep_connected(),
             self._converse(),
-            self._confirm(),
+            self._confirmations.run(),
             self._report(),
             self._delivery.run(),
         )
@@ -213,33 +212,6 @@ class Link:
                 _LOG.error("%s", error)
         return verdict
 
-    async def _confirm(self) -> None:
-        """Tell core what the broker has. What core does not hear now it gives again, and it is published twice."""
-        pause_s = _RETRY_S[0]
-        while True:
-            await self._confirm_due.wait()
-            ids = list(self._to_confirm)[:256]
-            try:
-                await self._core.confirmed(ids)
-            except CoreAbsentError:
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _RETRY_S[1])
-                continue
-            except (CoreRefusalError, DamagedError) as error:
-                _LOG.warning("confirmations are not taken: %s", error)
-            pause_s = _RETRY_S[0]
-            for number in ids:
-                self._to_confirm.pop(number, None)
-            if not self._to_confirm:
-                self._confirm_due.clear()
-
-    def _taken(self, message: Message) -> None:
-        if message.confirm:
-            while len(self._to_confirm) >= _MOST_CONFIRMATIONS:
-                self._to_confirm.pop(next(iter(self._to_confirm)))
-            self._to_confirm[message.id] = None
-            self._confirm_due.set()
-
     async def _report(self) -> None:
         """Tell core how things are, at each change and now and then."""
         while True:
@@ -352,7 +324,9 @@ class Link:
         self._connects += 1
         self._outcome.refused.clear()
         self._outbox.mark_backlog()
-        publisher = Publisher(connection, settings.topic, self._pending, self._outbox, self._outcome, self._taken)
+        publisher = Publisher(
+            connection, settings.topic, self._pending, self._outbox, self._outcome, self._confirmations.put
+        )
         self._publisher = publisher
         self._say_status("core does not answer" if self._told_silence else "")
         self._news.set()
