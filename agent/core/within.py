@@ -12,6 +12,7 @@ from agent.core.health import Finding
 from agent.core.operating import Operations
 from agent.operations.install import Installer
 from agent.operations.maintain import Maintenance
+from agent.operations.probation import Watcher
 
 if TYPE_CHECKING:
     from agent.infer.runtimes.probe import Runtimes
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 class Within:
     """``hold`` puts a configuration into force, on the event loop's thread; ``findings`` are those that core makes.
 
-    ``figures`` are of this process, ``governor`` its levels, ``statistics`` the document of inference; ``diagnose`` all
-    checks and slow.
+    ``figures`` are of this process, ``governor`` its levels, ``statistics`` the document of inference, ``quality`` how
+    well a version answers; ``diagnose`` all checks and slow.
     """
 
     operations: Operations
     installer: Installer
     maintenance: Maintenance
+    watcher: Watcher
     device: Device
     runtimes: Runtimes
     file_config: Callable[[], Config]
@@ -38,6 +40,7 @@ class Within:
     figures: Callable[[], dict[str, float]]
     governor: Callable[[], dict[str, Any]]
     statistics: Callable[[], dict[str, Any]]
+    quality: Callable[[str, str], dict[str, Any]]
     unload_all: Callable[[], int]
     restart: Callable[[], None]
     reboot: Callable[[], None]

@@ -28,6 +28,7 @@ REMOTE = frozenset(
         "link",
         "telemetry",
         "maintenance",
+        "probation",
         "clock",
         "governor",
         "models",

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from agent.core.admin_api import AdminApi
+from agent.core.admin_api import AdminApi, Documents
 from agent.core.cache_api import CacheApi
 from agent.core.link_api import LinkApi, NoFleet
 from agent.serve.access import CARRY, OPERATE
@@ -47,7 +47,7 @@ print(json.dumps(found))
 def rows() -> list[Route]:
     """Every row that core serves on the admin socket, as it makes them itself."""
     nothing: Any = SimpleNamespace()
-    api = AdminApi(nothing, nothing, nothing, nothing, dict, list, nothing, lambda: None)
+    api = AdminApi(nothing, nothing, nothing, nothing, Documents(dict, list, nothing), nothing, lambda: None)
     kept = CacheApi(nothing, nothing, nothing, nothing)
     return [*api.routes(), *kept.routes(), *LinkApi(NoFleet).routes()]
 
