@@ -1,9 +1,10 @@
 """What an installation costs the apps of a device that serves at half load: failures, and the slowest answers.
 
-One real daemon, one app in a process of its own that asks at a fixed rate, every twice as long as an answer takes. In turns
-nothing else happens, and a new version of the very model is added: encrypted, tried beside the active one, prepared, loaded
-and switched to. Times count from when a request was due, so that one that is held up holds up the next ones, too. The two
-kinds of turns are as long as each other and interleaved, and the 99th percentile of one is held against that of the other.
+One real daemon, one app in a process of its own that asks at a fixed rate, every twice as long as an answer takes. In
+turns nothing else happens, and a new version of the very model is added: encrypted, tried beside the active one,
+prepared, loaded and switched to. Times count from when a request was due, so that one that is held up holds up the next
+ones, too. Both kinds of turns are as long as each other and interleaved, and the 99th percentile of one is held against
+that of the other.
 
     python benchmarks/install.py [--json] [--quick] [--turns N]
 """

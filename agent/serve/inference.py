@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from agent.base.errors import AgentError, NotFoundError, PeerError, RefusedError
+from agent.base.errors import AgentError, NotFoundError, PeerError, RefusedError, UnsupportedError
 from agent.infer.tensors import InferRequest, InferResponse
 from agent.serve import oip
 from agent.serve.access import INFER, ModelRules, Peer
@@ -142,9 +142,8 @@ class Inference:
                 Route("GET", f"{pattern}/stats", INFER, self._stats, self._admit),
                 Route("POST", f"{pattern}/infer", INFER, self._infer, self._admit, needs_body=True),
             ]
-            if self._feedback_kept is not None:
-                path, most = f"{pattern}/feedback", _FEEDBACK_BYTES
-                rows.append(Route("POST", path, INFER, self._feedback, self._admit, needs_body=True, body_bytes=most))
+            path, most = f"{pattern}/feedback", _FEEDBACK_BYTES
+            rows.append(Route("POST", path, INFER, self._feedback, self._admit, needs_body=True, body_bytes=most))
         return rows
 
     # Who may see what.
@@ -239,7 +238,8 @@ class Inference:
         return json_response(self._document(known))
 
     def _feedback(self, request: Request) -> Response:
-        assert self._feedback_kept is not None
+        if self._feedback_kept is None:
+            raise UnsupportedError("cannot take feedback: nobody keeps it here")
         name, version = request.params["model"], request.params.get("version")
         return json_response({"counted": self._feedback_kept.judge(name, version, request.json())})
 
