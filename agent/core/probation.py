@@ -77,6 +77,7 @@ class Probations:
         self._ticked = self._saved = 0.0
         self._taken = 0
         self._saving: asyncio.Future[None] | None = None
+        self._unsaved = False
         self._stopped = False
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -87,7 +88,9 @@ class Probations:
         document = self._around.store.document
         for watched in self._file.read():
             case = watched.case
-            if _active(document, case.model) != case.version:
+            record = record_of(document, case.model, case.version)
+            over = record is not None and record.get("by") == case.by != LOCAL
+            if over or _active(document, case.model) != case.version:
                 continue
             watched.course.starts += 1
             self._watched[case.model, case.version] = watched
@@ -190,8 +193,8 @@ class Probations:
 
     def _disarm(self, model: str, version: str) -> _Snapshot:
         self._drop(model, version)
-        if self._looks.pop(model, None) is not None:
-            self._around.watching.unfollow(model)
+        if (look := self._looks.pop(model, None)) is not None:
+            self._around.watching.unfollow(model, look[0])
         return self._snapshot()
 
     def outcome(self, model: str, version: str, by: str) -> Outcome | None:
@@ -281,7 +284,7 @@ class Probations:
     def _drop(self, model: str, version: str) -> None:
         watched = self._watched.pop((model, version), None)
         if watched is not None and watched.on:
-            self._around.watching.unfollow(model)
+            self._around.watching.unfollow(model, version)
 
     def _record(self, watched: _Watched, verdict: Verdict, state: str) -> dict[str, Any]:
         return {
@@ -305,10 +308,16 @@ class Probations:
 
     def _save(self) -> None:
         """In a thread of its own: a slow disk must not hold up requests."""
-        if self._saving is None or self._saving.done():
+        self._unsaved = self._saving is not None
+        if self._saving is None:
             self._saved = time.monotonic()
-            snapshot = self._snapshot()
-            self._saving = asyncio.get_running_loop().run_in_executor(None, self._file.write, snapshot)
+            self._saving = asyncio.get_running_loop().run_in_executor(None, self._file.write, self._snapshot())
+            self._saving.add_done_callback(self._written)
+
+    def _written(self, _: asyncio.Future[None]) -> None:
+        self._saving = None
+        if self._unsaved and not self._stopped:
+            self._save()
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
@@ -318,6 +327,7 @@ class Probations:
             watched.case.model: {
                 "version": watched.case.version,
                 "before": watched.case.before,
+                "by": watched.case.by,
                 **watched.course.told(),
             }
             for watched in self._watched.values()

@@ -52,10 +52,12 @@ class Watching:
         self._followed[model] = _Followed(version, tally, shadow)
         self._update()
 
-    def unfollow(self, model: str) -> None:
-        """Harmless when repeated."""
-        self._followed.pop(model, None)
-        self._update()
+    def unfollow(self, model: str, version: str) -> None:
+        """If it is still that version which is followed."""
+        followed = self._followed.get(model)
+        if followed is not None and followed.version == version:
+            del self._followed[model]
+            self._update()
 
     def measure(self, *, on: bool) -> None:
         """Note when requests run, as often as it was asked for."""

@@ -277,3 +277,35 @@ def test_one_that_keeps_to_its_own_limit_may_be_slower(device: Agent) -> None:
     )  # fmt: skip
     device.cli("models", "add", path)
     assert active(device) == "2.0.0"
+
+
+# -- answers of both versions, compared --------------------------------------------------------------------------------
+
+
+def shadowed(agent: Agent, second: bytes) -> dict:
+    """What came of 2.0.0, with every answer compared that the device finds the time for."""
+    agent.config.write_text(CONFIG.replace("seconds = 300", "seconds = 15\nrequests = 100000\nshadow = 1.0"))
+    agent.start()
+    add(agent, "1.0.0", onnx_models.linear(1))
+    generator = np.random.default_rng(3)
+    with agent.client() as client:
+        client.infer("m", {"x": LIVE})
+        add(agent, "2.0.0", second)
+        while (record := outcome(agent, "2.0.0")) is None:
+            for _ in range(10):
+                client.infer("m", {"x": generator.standard_normal((1, 16)).astype(np.float32)})
+                time.sleep(0.02)
+    return record
+
+
+def test_one_that_answers_otherwise_goes_where_somebody_compares(agent: Agent) -> None:
+    record = shadowed(agent, onnx_models.linear(2))
+    assert (record["state"], record["code"]) == ("rolled_back", "agreement")
+    assert "it agrees by 0." in record["text"]
+    assert active(agent) == "1.0.0"
+
+
+def test_one_that_answers_alike_stays(agent: Agent) -> None:
+    record = shadowed(agent, onnx_models.linear(1))
+    assert (record["state"], record["seen"]["agreement"]) == ("passed", 1.0)
+    assert record["seen"]["compared"] >= 20
