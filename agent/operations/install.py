@@ -460,7 +460,7 @@ def _with_story(
 def _taken_back(document: CatalogDocument, case: Case, record: Mapping[str, Any]) -> CatalogDocument:
     document = _with_story(document, case.model, case.version, "probation", record)
     model = document.models[case.model]
-    previous = case.previous if case.previous in model.versions else None
+    previous = case.previous if case.previous in model.versions and case.previous != case.version else None
     return _replace(document, case.model, model.model_copy(update={"active": case.before, "previous": previous}))
 
 

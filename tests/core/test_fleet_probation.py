@@ -45,6 +45,7 @@ def install(device: FleetDevice, **args: object) -> str:
     return device.fleet.give("model.install", {"model": "m", "version": "2.0.0", **args})
 
 
+@pytest.mark.slow
 def test_one_that_is_slow_with_live_requests_fails_its_job_and_no_request(device: FleetDevice) -> None:
     two(device, onnx_models.slow_at(2))
     with asking(device) as load:
@@ -66,6 +67,7 @@ def test_one_that_is_slow_with_live_requests_fails_its_job_and_no_request(device
     assert device.admin_get("/v1/models/m")["previous"] is None
 
 
+@pytest.mark.slow
 def test_a_good_one_stays_and_the_job_says_what_was_seen(device: FleetDevice) -> None:
     two(device, onnx_models.linear(2))
     with asking(device) as load:
@@ -104,6 +106,7 @@ def test_kill_9_in_the_middle_of_a_probation_and_the_job_goes_on(device: FleetDe
     assert active(device) == "2.0.0"
 
 
+@pytest.mark.slow
 def test_cancelled_while_it_waits_the_version_before_answers(device: FleetDevice) -> None:
     two(device, onnx_models.linear(2))
     job = install(device)
@@ -114,6 +117,7 @@ def test_cancelled_while_it_waits_the_version_before_answers(device: FleetDevice
     assert device.status()["probation"] == {}
 
 
+@pytest.mark.slow
 def test_the_owner_lets_a_third_version_answer_meanwhile(device: FleetDevice) -> None:
     two(device, onnx_models.linear(2))
     job = install(device)
@@ -127,6 +131,7 @@ def test_the_owner_lets_a_third_version_answer_meanwhile(device: FleetDevice) ->
     assert active(device) == "3.0.0"
 
 
+@pytest.mark.slow
 def test_slower_in_its_trial_it_never_answers_unless_the_job_says_so(device: FleetDevice) -> None:
     data = onnx_models.slow_always(2)
     path = bundle(device.folder / "next.edgemodel", {"fp32": ("fp32", onnx_models.linear(1))}, version="1.0.0")

@@ -128,6 +128,7 @@ def test_one_that_is_slow_with_live_requests_goes_and_no_request_fails(device: A
     assert [row for row in device.json("doctor")["findings"] if row["check"] == "probation"] == []
 
 
+@pytest.mark.slow
 def test_one_that_fails_on_live_requests_goes(device: Agent) -> None:
     with asking(device) as load:
         until(lambda: load.answered > 100, "apps get answers")
@@ -142,6 +143,7 @@ def test_one_that_fails_on_live_requests_goes(device: Agent) -> None:
     assert (record["state"], record["code"]) == ("rolled_back", "errors")
 
 
+@pytest.mark.slow
 def test_one_that_does_well_stays(device: Agent) -> None:
     with asking(device) as load:
         until(lambda: load.answered > 100, "apps get answers")
@@ -157,6 +159,7 @@ def test_one_that_does_well_stays(device: Agent) -> None:
     assert "probation passed" in shown
 
 
+@pytest.mark.slow
 def test_a_wrong_request_is_no_fault_of_the_version(device: Agent) -> None:
     add(device, "2.0.0", onnx_models.linear(2))
     with device.client() as client:
@@ -171,6 +174,7 @@ def test_a_wrong_request_is_no_fault_of_the_version(device: Agent) -> None:
     assert (record["state"], record["seen"]["failed"]) == ("passed", 0)
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_and_it_goes_on(device: Agent) -> None:
     add(device, "2.0.0", onnx_models.linear(2))
     with device.client() as client:
@@ -196,6 +200,7 @@ def test_kill_9_in_the_middle_and_it_goes_on(device: Agent) -> None:
     assert active(device) == "2.0.0"
 
 
+@pytest.mark.slow
 def test_a_version_that_brings_the_agent_down_again_and_again_goes(device: Agent) -> None:
     add(device, "2.0.0", onnx_models.linear(2))
     device.restart(signal.SIGTERM)  # an orderly stop counts for nothing
@@ -211,6 +216,7 @@ def test_a_version_that_brings_the_agent_down_again_and_again_goes(device: Agent
         assert client.infer("m", {"x": LIVE}).model_version == "1.0.0"
 
 
+@pytest.mark.slow
 def test_the_owner_decides_otherwise_meanwhile(device: Agent) -> None:
     add(device, "2.0.0", onnx_models.linear(2))
     assert set(status(device)["probation"]) == {"m"}
@@ -220,6 +226,7 @@ def test_the_owner_decides_otherwise_meanwhile(device: Agent) -> None:
     assert outcome(device, "2.0.0") is None
 
 
+@pytest.mark.slow
 def test_a_file_that_was_cut_off_costs_what_was_seen_and_no_start(device: Agent) -> None:
     add(device, "2.0.0", onnx_models.linear(2))
     device.stop(signal.SIGKILL)
@@ -231,6 +238,7 @@ def test_a_file_that_was_cut_off_costs_what_was_seen_and_no_start(device: Agent)
     assert "what was on probation is lost" in device.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_device_may_have_none_of_it(agent: Agent) -> None:
     agent.config.write_text(CONFIG + "local = false\n")
     agent.start()
@@ -259,6 +267,7 @@ def test_one_that_is_slower_in_the_trial_is_not_taken_unless_somebody_wants_it(d
     assert "beside 1.0.0 (measured together): p50 " in device.cli("models", "explain", "m").stdout
 
 
+@pytest.mark.slow
 def test_the_packer_may_say_that_a_slower_one_is_meant(device: Agent) -> None:
     data = onnx_models.slow_always(2)
     path = bundle(
@@ -269,6 +278,7 @@ def test_the_packer_may_say_that_a_slower_one_is_meant(device: Agent) -> None:
     assert active(device) == "2.0.0"
 
 
+@pytest.mark.slow
 def test_one_that_keeps_to_its_own_limit_may_be_slower(device: Agent) -> None:
     data = onnx_models.slow_always(2)
     path = bundle(
@@ -298,6 +308,7 @@ def shadowed(agent: Agent, second: bytes) -> dict:
     return record
 
 
+@pytest.mark.slow
 def test_one_that_answers_otherwise_goes_where_somebody_compares(agent: Agent) -> None:
     record = shadowed(agent, onnx_models.linear(2))
     assert (record["state"], record["code"]) == ("rolled_back", "agreement")
@@ -305,6 +316,7 @@ def test_one_that_answers_otherwise_goes_where_somebody_compares(agent: Agent) -
     assert active(agent) == "1.0.0"
 
 
+@pytest.mark.slow
 def test_one_that_answers_alike_stays(agent: Agent) -> None:
     record = shadowed(agent, onnx_models.linear(1))
     assert (record["state"], record["seen"]["agreement"]) == ("passed", 1.0)
