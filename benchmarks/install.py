@@ -3,8 +3,9 @@
 One real daemon, one app in a process of its own that asks at a fixed rate, every twice as long as an answer takes. In
 turns nothing else happens, and a new version of the very model is added: encrypted, tried beside the active one,
 prepared, loaded and switched to. Times count from when a request was due, so that one that is held up holds up the next
-ones, too. Both kinds of turns are as long as each other and interleaved, and the 99th percentile of one is held against
-that of the other.
+ones, too. Both kinds of turns are as long as each other and interleaved. Held against each other are the 99th
+percentiles of a turn and of the one after it; what counts is the median of these ratios, which other work on the
+machine moves least.
 
     python benchmarks/install.py [--json] [--quick] [--turns N]
 """
@@ -28,7 +29,8 @@ from daemon import ROOT, Daemon
 from tests import onnx_models
 
 BUDGETS = {"failed": 0, "p99_ratio": 1.2}
-SIDE, LAYERS, ROWS = 512, 8, 8
+QUANTILES = (50, 95, 99)
+SIDE, LAYERS, ROWS = 512, 16, 8
 #: An app: asks every so many seconds, and says at each line of its input what it has seen since the one before.
 _APP = """
 import json, sys, threading, time
@@ -94,8 +96,8 @@ def add(daemon: Daemon, number: int) -> None:
 
 def measure(turns: int) -> dict:
     """All turns, on a device of its own."""
-    control: list[float] = []
-    during: list[float] = []
+    control: list[list[float]] = []
+    during: list[list[float]] = []
     failed: list[str] = []
     seconds: list[float] = []
     versions: set[str] = set()
@@ -114,31 +116,32 @@ def measure(turns: int) -> dict:
                 add(daemon, turn)
                 seconds.append(time.perf_counter() - began)
                 found = app.told()
-                during += found["ms"]
+                during.append(found["ms"])
                 failed += found["failed"]
                 time.sleep(1.0)
                 app.told()
                 time.sleep(seconds[-1])
                 found = app.told()
-                control += found["ms"]
+                control.append(found["ms"])
                 failed += found["failed"]
                 versions |= set(found["versions"])
         finally:
             app.close()
-    quantiles = {"p50": 50, "p95": 95, "p99": 99}
     report = {
         "turns": turns,
         "install_s": round(statistics.median(seconds), 2),
         "period_ms": round(period_s * 1e3, 3),
-        "requests": [len(control), len(during)],
+        "requests": [sum(map(len, control)), sum(map(len, during))],
         "versions": len(versions),
         "failed": len(failed),
         "failures": failed[:3],
-        "control_ms": {name: round(float(np.percentile(control, q)), 3) for name, q in quantiles.items()},
-        "install_ms": {name: round(float(np.percentile(during, q)), 3) for name, q in quantiles.items()},
+        "control_ms": {f"p{q}": round(float(np.percentile(np.concatenate(control), q)), 3) for q in QUANTILES},
+        "install_ms": {f"p{q}": round(float(np.percentile(np.concatenate(during), q)), 3) for q in QUANTILES},
     }
-    report["p99_ratio"] = round(report["install_ms"]["p99"] / report["control_ms"]["p99"], 3)
-    report["p50_ratio"] = round(report["install_ms"]["p50"] / report["control_ms"]["p50"], 3)
+    for q in QUANTILES:
+        ratios = [np.percentile(b, q) / np.percentile(a, q) for a, b in zip(control, during, strict=True)]
+        report[f"p{q}_ratio"] = round(float(np.median(ratios)), 3)
+        report[f"p{q}_ratios"] = [round(float(ratio), 2) for ratio in ratios]
     report["within_budget"] = report["failed"] == 0 and report["p99_ratio"] <= BUDGETS["p99_ratio"]
     return report
 
@@ -163,6 +166,7 @@ def main() -> None:
     for name in ("control", "install"):
         figures = ", ".join(f"{key} {value:g} ms" for key, value in report[f"{name}_ms"].items())
         print(f"{name:<8} {figures}")
+    print(f"p50 {report['p50_ratio']:g} x, p95 {report['p95_ratio']:g} x, turns {report['p99_ratios']}")
     print(f"p99 {report['p99_ratio']:g} x (budget {BUDGETS['p99_ratio']:g}), {report['failed']} failed (budget 0)")
 
 
