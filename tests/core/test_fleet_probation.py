@@ -60,7 +60,7 @@ def test_one_that_is_slow_with_live_requests_fails_its_job_and_no_request(device
     assert (ended["state"], ended["error"]["code"]) == ("failed", "undone")
     text = ended["error"]["text"]
     assert "it is worse than 1.0.0 here: p50 " in text
-    assert "1.5 x is allowed" in text
+    assert "3 x is allowed" in text
     assert text.endswith("1.0.0 answers again")
     until(lambda: device.fleet.heard("up/alert/probation"), "the fleet is told")
     assert "m 2.0.0 was taken back" in device.fleet.last("up/alert/probation")["text"]

@@ -115,7 +115,7 @@ def test_one_that_is_slow_with_live_requests_goes_and_no_request_fails(device: A
     record = outcome(device, "2.0.0")
     assert record is not None
     assert (record["state"], record["code"], record["before"]) == ("rolled_back", "latency", "1.0.0")
-    assert "1.5 x is allowed" in record["text"]
+    assert "3 x is allowed" in record["text"]
     found = status(device)
     assert found["probation"] == {}
     (finding,) = [row for row in device.json("doctor")["findings"] if row["check"] == "probation"]
