@@ -5,8 +5,10 @@ broker -> link -> core and its answer all the way back; the time is that from be
 signature is checked. At rest means connected, with the default rates of telemetry and keepalive.
 
 What a busy link costs inference: core and an app that asks without a pause have one core of the CPU, link and broker
-another. In turns link is stopped, and starts and hands over an outbox of many days, again and again; the app counts its
-answers in both.
+another. In turns, in an order by chance, link is stopped, hands over an outbox of many days that does not end before
+the turn, or is stopped while a loop that does nothing keeps the other core busy; the app counts its answers. What a
+busy core costs its neighbour whatever runs on it (clock rate, shared units) is the machine's; the budget is for what
+link adds.
 
     python benchmarks/link.py [--json] [--quick] [--questions N]
 """
@@ -17,6 +19,7 @@ import argparse
 import base64
 import json
 import os
+import random
 import socket
 import ssl
 import statistics
@@ -47,8 +50,8 @@ BUDGETS = {
     "core_idle_cpu_percent": 0.5,
     "slowed_by_busy_link_percent": 2.0,
 }
-#: Records of an outage, as many as are drained within a turn; seconds of a turn; turns.
-_RECORDS, _TURN_S, _TURNS = 40_000, 4.0, 8
+#: Records of an outage, more than are handed over within a turn, and what they fit into; seconds of a turn; turns.
+_RECORDS, _OUTBOX_MB, _TURN_S, _TURNS = 60_000, 512, 2.0, 24
 #: An app: asks without a pause, and says at each line of its input how many answers it has had.
 _APP = """
 import sys, threading
@@ -64,6 +67,8 @@ with Client(sys.argv[1]) as client:
         client.infer("heavy", {"x": x})
         count += 1
 """
+#: A neighbour on the other core that uses it up and nothing else.
+_LOOP = "while True: pass"
 _WARM_UP = 20
 #: After it a start is over: the inventory told, what only a start needs given back.
 _SETTLE_S = 30.0
@@ -135,7 +140,7 @@ def measure(folder: Path, questions: int, idle_s: float) -> dict:
     """The whole report."""
     (folder / "broker").mkdir()
     with Broker(folder / "broker") as broker, FleetDevice(folder, broker) as device:
-        device.configure(keepalive_s=60)
+        device.configure(keepalive_s=60, outbox_mb=_OUTBOX_MB)
         device.connect()
         until(lambda: device.fleet.info["inventory"], "the inventory is told", 60)
         time.sleep(_SETTLE_S)
@@ -196,7 +201,7 @@ def measure_idle(device: FleetDevice, seconds: float) -> dict:
 
 
 def measure_slowdown(device: FleetDevice, broker: Broker, folder: Path, turns: int) -> dict:
-    """Answers a second with link stopped, and with link handing over an outage; pairs of turns, the order changing."""
+    """Answers a second with link stopped, handing over an outage, and stopped beside a loop."""
     first, *_, last = sorted(os.sched_getaffinity(0))
     if first == last:
         return {"percent": 0.0, "note": "one core alone: not measured"}
@@ -207,7 +212,7 @@ def measure_slowdown(device: FleetDevice, broker: Broker, folder: Path, turns: i
     pin(broker.process.pid, last)
     os.sched_setaffinity(0, {last})
     command = ["taskset", "-c", str(first), sys.executable, "-c", _APP, str(device.run / "infer.sock")]
-    ratios, cpu = [], []
+    cpu, handed = [], []
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=device.environment
     ) as app:
@@ -226,46 +231,65 @@ def measure_slowdown(device: FleetDevice, broker: Broker, folder: Path, turns: i
             time.sleep(1.0)
             return rate()
 
-        def busy(turn: int) -> float:
-            before, began, used = answers(), time.perf_counter(), 0.0
-            while time.perf_counter() - began < _TURN_S:
-                fill_outbox(device, f"{turn} {time.perf_counter()}")
-                device.start_link()
-                pin(device.link_pid, last)
-                until(lambda: records_left(device) == 0, "the outage is handed over", 60)
-                used += cpu_s(device.link_pid)
-                device.stop_link()
-            took = time.perf_counter() - began
-            cpu.append(round(used / took, 2))
-            return (answers() - before) / took
+        def busy() -> float:
+            fill_outbox(device, _RECORDS - records_left(device))
+            device.start_link()
+            pin(device.link_pid, last)
+            before = records_left(device)
+            until(lambda: records_left(device) < before, "the outage is being handed over", 60)
+            before, used = records_left(device), cpu_s(device.link_pid)
+            answered = rate()
+            cpu.append(round((cpu_s(device.link_pid) - used) / _TURN_S, 2))
+            left = records_left(device)
+            if not left:
+                raise RuntimeError(f"{before} records were handed over before the turn ended: the link was not busy")
+            handed.append(before - left)
+            device.stop_link()
+            return answered
 
-        device.stop_link()
-        rate()
-        for turn in range(turns):
-            pair = {}
-            for kind in ("quiet", "busy") if turn % 2 else ("busy", "quiet"):
-                pair[kind] = quiet() if kind == "quiet" else busy(turn)
-            ratios.append(pair["quiet"] / pair["busy"])
-        app.kill()
+        def beside_a_loop() -> float:
+            with subprocess.Popen(["taskset", "-c", str(last), sys.executable, "-c", _LOOP]) as loop:
+                time.sleep(1.0)
+                answered = rate()
+                loop.kill()
+            return answered
+
+        kinds = {"quiet": quiet, "link": busy, "loop": beside_a_loop}
+        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+        try:
+            device.stop_link()
+            rate()
+            for _ in range(turns):
+                for kind in random.sample(list(kinds), len(kinds)):
+                    rates[kind].append(kinds[kind]())
+        finally:
+            app.kill()
+    (device.state / "link" / "outbox.db").unlink()
     device.start_link()
+    slowed = {
+        kind: [quiet / other for quiet, other in zip(rates["quiet"], rates[kind], strict=True)]
+        for kind in ("link", "loop")
+    }
+    more = [link / loop for link, loop in zip(slowed["link"], slowed["loop"], strict=True)]
     return {
-        "percent": round(100 * (statistics.median(ratios) - 1), 2),
-        "each_percent": [round(100 * (ratio - 1), 2) for ratio in ratios],
+        "percent": round(100 * (statistics.median(more) - 1), 2),
+        **{f"by_{kind}_percent": round(100 * (statistics.median(ratios) - 1), 2) for kind, ratios in slowed.items()},
         "link_cores_used": cpu,
+        "records_handed_over": handed,
     }
 
 
-def fill_outbox(device: FleetDevice, turn: str) -> None:
+def fill_outbox(device: FleetDevice, count: int) -> None:
     """Records of many days without a connection, in the file that link opens."""
-    box = Outbox(device.state / "link" / "outbox.db", 16 << 20)
-    for first in range(0, _RECORDS, 500):
-        box.add(("heat", {"at": f"{turn}-{n}", "pad": "x" * 200}) for n in range(first, first + 500))
+    box = Outbox(device.state / "link" / "outbox.db", _OUTBOX_MB << 20)
+    for first in range(0, count, 500):
+        box.add(("heat", {"at": f"{count}-{n}", "pad": "x" * 4000}) for n in range(first, min(count, first + 500)))
     box.close()
 
 
 def records_left(device: FleetDevice) -> int:
     """In link's file."""
-    box = Outbox(device.state / "link" / "outbox.db", 16 << 20)
+    box = Outbox(device.state / "link" / "outbox.db", _OUTBOX_MB << 20)
     try:
         return box.counts().records
     finally:

@@ -117,6 +117,7 @@ def test_the_first_request_loads_and_the_answer_says_what_ran():
     drive(story)
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_fast_model_runs_on_the_loop_and_a_slow_one_does_not():
     async def story(engine):
         engine.put(
@@ -185,6 +186,7 @@ def test_a_session_that_takes_one_run_at_a_time_gets_no_second_one():
     drive(story, workers=4, load=watch)
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_fast_model_leaves_the_loop_while_another_request_is_at_its_session():
     watch = OneAtATime()
 

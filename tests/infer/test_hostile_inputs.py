@@ -47,6 +47,7 @@ async def until(condition):
         await asyncio.sleep(0.005)
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_run_that_holds_the_loop_up_is_ended_and_never_comes_back_to_it():
     async def story(engine):
         engine.put(shelf(loops(p95_ms=FAST)))
@@ -62,6 +63,7 @@ def test_a_run_that_holds_the_loop_up_is_ended_and_never_comes_back_to_it():
     drive(story)
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_shapes_that_never_ran_do_not_run_on_the_loop():
     async def story(engine):
         engine.put(shelf(served("m", option(small(), p95_ms=FAST))))

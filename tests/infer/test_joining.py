@@ -381,6 +381,7 @@ def test_a_batch_that_takes_far_too_long_is_ended_and_its_members_run_alone():
     drive(story, workers=1, load=watch)
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_a_lone_request_for_a_fast_model_runs_on_the_loop_and_a_crowd_is_joined():
     async def story(engine):
         engine.put(shelf(served("m", joined(onnx_models.linear(), p95_ms=0.02))))

@@ -123,6 +123,7 @@ def test_keep_alive_of_a_request_and_of_all():
     drive(story, keep_s=0.1)
 
 
+@pytest.mark.usefixtures("unhurried")
 def test_what_runs_on_the_loop_is_kept_as_long_as_it_is_used():
     async def story(engine):
         engine.put(shelf(served("m", option(small(), p95_ms=0.02))))
