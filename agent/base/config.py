@@ -241,6 +241,22 @@ class MaintenanceConfig(_Section):
     clock_h: Hours = 6.0
 
 
+class ProbationConfig(_Section):
+    """How long a new version is on probation, and what makes it worse than the one before it.
+
+    It ends after so many ``requests`` or ``seconds``. ``shadow``: the share of its requests that the version before
+    answers, too, while the device is idle. ``local``: also for versions that somebody adds on the device.
+    """
+
+    requests: Annotated[int, Field(ge=1, le=1_000_000)] = 200
+    seconds: Seconds = 600.0
+    max_error_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.02
+    max_latency_ratio: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 1.5
+    shadow: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    min_agreement: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)] = 0.5
+    local: bool = True
+
+
 class ClockConfig(_Section):
     """Whether dates of jobs and windows may be believed: when the kernel's clock is disciplined, always, or never."""
 
@@ -318,6 +334,7 @@ class Config(_Section):
     delivery: DeliveryConfig = DeliveryConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     maintenance: MaintenanceConfig = MaintenanceConfig()
+    probation: ProbationConfig = ProbationConfig()
     clock: ClockConfig = ClockConfig()
     governor: GovernorConfig = GovernorConfig()
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)

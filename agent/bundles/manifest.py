@@ -199,12 +199,24 @@ class Cascade(_Part):
 
 
 class Policy(_Part):
-    """What the choice prefers among the variants that answer rightly on this device."""
+    """What the choice prefers among the variants that answer rightly on this device.
+
+    ``accept_slower``: the version is taken also where it is slower than the one that answered before.
+    """
 
     prefer: Literal["latency", "accuracy", "energy", "memory"] = "latency"
     min_quality: Finite | None = None
     max_latency_ms: Annotated[Finite, Field(gt=0)] | None = None
     cascade: Cascade | None = None
+    accept_slower: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As the manifest's: an agent that does not know the field reads what does not say it."""
+        said: dict[str, Any] = handler(self)
+        if not self.accept_slower:
+            said.pop("accept_slower", None)
+        return said
 
 
 class CachePolicy(_Part):

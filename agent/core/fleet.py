@@ -141,6 +141,7 @@ class Fleet:
             restart=lambda: self._on_loop(within.restart),
             reboot=within.reboot,
             stay=within.stay,
+            watcher=within.watcher,
         )
         handlers = Jobs(around).handlers()
         self.runner = Runner(
@@ -153,6 +154,7 @@ class Fleet:
             verify=self._verify,
             changed=self._wake,
         )
+        self.runner.paused = lambda: self._later(0.0, self._news.set)
 
         def check_args(op: str, args: Mapping[str, Any]) -> None:
             handlers[op](args)
@@ -328,7 +330,7 @@ class Fleet:
         return {"facts": self._facts(), "profile": self._within.device.profile.id, "inventory": self._inventory}
 
     def _reported(self) -> dict[str, Any]:
-        models = reported_models(self._store.document)
+        models = reported_models(self._store.document, self._within.quality)
         config, entry = self.config, self.remote.entry
         return {
             "config_state": entry.state,

@@ -10,7 +10,7 @@ from typing import Any
 
 from agent.base.clock import TrustedClock
 from agent.base.errors import AgentError
-from agent.operations.drift import recheck
+from agent.operations.drift import Recheck, recheck
 from agent.operations.install import Installer
 from agent.operations.maintain import Maintenance
 from agent.operations.plan import GoOn, Result, Task
@@ -23,7 +23,10 @@ _WORN = 9
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What the tasks use. ``ask`` runs arrays through what serves a model; ``certificate_ends`` is link's word."""
+    """What the tasks use. ``ask`` runs arrays through what serves a model; ``certificate_ends`` is link's word.
+
+    ``ran`` keeps what came of a golden set, ``kept`` has it written.
+    """
 
     store: Store
     installer: Installer
@@ -31,6 +34,8 @@ class Means:
     clock: TrustedClock
     ask: Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]]
     certificate_ends: Callable[[], str | None]
+    ran: Callable[[str, str, Recheck], None] = lambda model, version, found: None
+    kept: Callable[[], None] = lambda: None
 
 
 def tasks(means: Means) -> list[Task]:
@@ -81,9 +86,12 @@ def _golden(means: Means, go_on: GoOn) -> Result:
             bad.append(name)
             continue
         if found is not None:
+            means.ran(name, version, found)
             rows[name] = {"metric": found.metric, "value": found.value, "before": found.before, "ok": found.ok}
             if not found.ok:
                 bad.append(name)
+    if rows:
+        means.kept()
     text = f"drifted: {', '.join(bad[:10])}" if bad else f"{len(rows)} models answer as their golden sets say"
     return Result(not bad, text, {"models": dict(list(rows.items())[:200])})
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from agent.base.clock import Clock, iso
@@ -17,13 +17,16 @@ from agent.base.errors import AgentError, ConflictError, NotFoundError, RefusedE
 from agent.bundles.manifest import FileRef, Manifest
 from agent.operations.forms import PREFIX, Forms
 from agent.operations.incoming import contents, opened
-from agent.operations.measured import Choice, ChooseVariant, Known, Progress, known_of
+from agent.operations.measured import Active, Choice, ChooseVariant, Known, Progress, active_beside, known_of
+from agent.operations.probation import LOCAL, UNWATCHED, Case, Watcher
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
 from agent.store.store import Store
 
 #: (manifest, what is known, chosen candidate) -> what has changed since it was measured
 Outdated = Callable[[Manifest, Known, "str | None"], Sequence[str]]
 _LOG = logging.getLogger("edge_agent.operations")
+#: What stands beside a choice and tells of the version, whatever is chosen of it later.
+_STORY = ("beside", "probation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +36,17 @@ class AddRequest:
     file_name: str = ""
     name: str | None = None
     shapes: Mapping[str, list[int]] | None = None
+    #: Take it also where it is slower than what answers now.
+    accept_slower: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What the installer asks of the serving side; both return when it is done."""
+    """What the installer asks of the serving side; each returns when it is done."""
 
     show: Callable[[CatalogDocument], None]
     load: Callable[[str, str], None]
+    watcher: Watcher = UNWATCHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,8 @@ class Preparing:
     hold: Callable[[VersionEntry], bool] = lambda entry: True
     gauge: Callable[[Manifest, Mapping[str, BlobRef], Choice, Progress], Mapping[str, Any]] = lambda *_: {}
     gains_hold: Callable[[VersionEntry], bool] = lambda entry: True
+    #: A version held against the one that it is to take the place of, by what is recorded of both.
+    compare: Callable[[VersionEntry, Active], Mapping[str, Any]] = lambda entry, active: {}
 
 
 class Installer:
@@ -95,20 +103,26 @@ class Installer:
             name, version = manifest.name, manifest.version
             if (existing := self._existing(manifest)) is not None:
                 progress({"stage": "unchanged", "model": name, "version": version})
-                if existing.active != version:
-                    return self.activate(name, version)
-                return self._result(name, version, unchanged=True)
+                if existing.active == version:
+                    return self._result(name, version, unchanged=True)
+                self._arm(name, version, slower=request.accept_slower or manifest.policy.accept_slower)
+                return self.activate(name, version)
             refs = self._encrypt(manifest, files, progress)
+        watcher = self._serving.watcher
+        watcher.look(name)
         try:
-            choice = self._choose(manifest, refs, self._known(manifest), request.shapes or {}, progress)
+            known = self._known(manifest, slower=request.accept_slower)
+            choice = self._choose(manifest, refs, known, request.shapes or {}, progress)
             _require_choice(choice, f"cannot add model '{name}'")
             forms = self._preparing.make(manifest, refs, choice, progress)
             refs |= forms.blobs
             gains = self._preparing.gauge(manifest, refs, choice, progress)
             entry = _entry_with_forms(_version_entry(manifest, refs, choice, self._now()), forms)
             entry = _entry_with_gains(entry, gains)
+            self._arm(name, version, slower=request.accept_slower or manifest.policy.accept_slower)
             self._commit_loaded(manifest, entry, progress)
         except BaseException:
+            watcher.disarm(name, version)
             self._store.discard(refs.values())
             raise
         return self._result(name, version)
@@ -127,6 +141,26 @@ class Installer:
         if previous is None:
             raise ConflictError(f"cannot roll back '{name}': there is no previous version")
         return self.activate(name, previous)
+
+    def take_back(self, case: Case, record: Mapping[str, Any], *, serving: bool = True) -> bool:
+        """The version before ``case.version`` answers again; False where another does by now. ``record``: why.
+
+        A later ``rollback`` does not lead to it. Without ``serving`` nothing is served yet, and nobody is told.
+        """
+        if not _is_active(self._store.document, case.model, case.version):
+            return False
+        self._version(case.model, case.before)
+        if serving:
+            self._serving.load(case.model, case.before)
+        document = self._store.commit(lambda document: _taken_back(document, case, record))
+        if serving:
+            self._serving.show(document)
+        return True
+
+    def note_probation(self, case: Case, record: Mapping[str, Any]) -> None:
+        """Keep what came of a version's probation, if it is still there."""
+        if case.version in self._store.document.models.get(case.model, ModelEntry()).versions:
+            self._store.commit(lambda document: _with_story(document, case.model, case.version, "probation", record))
 
     def remove(self, name: str, version: str | None) -> dict[str, Any]:
         """Delete a model, or one version of it that is not active, and give its space back."""
@@ -155,13 +189,19 @@ class Installer:
         self._serving.load(name, version)
         return self._result(name, version)
 
-    def retry(self, name: str, version: str, progress: Progress) -> bool:
-        """Try the candidates of an installed version where what was measured no longer holds; whether it did."""
+    def retry(self, name: str, version: str, progress: Progress, *, accept_slower: bool = False) -> bool:
+        """Try the candidates of an installed version where what was measured no longer holds; whether it did.
+
+        UnsupportedError where none will do, or where it is worse than the version that answers now.
+        """
         entry = self._version(name, version)
+        active = self._active_beside(entry.manifest, slower=accept_slower)
         if not self._outdated(entry.manifest, known_of(entry), entry.chosen):
+            self._compare(name, version, active)
             self.renew_forms(name, version, progress)
             return False
-        choice = self._choose(entry.manifest, entry.blobs, Known(quarantine=entry.quarantine), {}, progress)
+        known = Known(quarantine=entry.quarantine, active=active)
+        choice = self._choose(entry.manifest, entry.blobs, known, {}, progress)
         _require_choice(choice, f"cannot choose a variant of '{name}'")
         self._serving.show(self._store.commit(lambda document: _with_choice(document, name, version, choice)))
         self.renew_forms(name, version, progress)
@@ -224,6 +264,21 @@ class Installer:
 
     # -- within -------------------------------------------------------------------------------------------------------
 
+    def _arm(self, name: str, version: str, *, slower: bool) -> None:
+        model = self._store.document.models.get(name)
+        if model is not None and model.active not in (None, version):
+            assert model.active is not None
+            case = Case(name, version, model.active, model.previous, LOCAL, slower)
+            self._serving.watcher.arm(case)
+
+    def _compare(self, name: str, version: str, active: Active | None) -> None:
+        """Hold it against what answers now by what is recorded of both, and note what came of that."""
+        record = self._preparing.compare(self._version(name, version), active) if active is not None else {}
+        if record.get("worse"):
+            raise UnsupportedError(f"cannot install '{name}' {version}: {record['worse']}", hint=str(record["mend"]))
+        if record:
+            self._store.commit(lambda document: _with_story(document, name, version, "beside", record))
+
     def _commit_loaded(self, manifest: Manifest, entry: VersionEntry, progress: Progress) -> None:
         """Install and activate in one commit, so that no kill can leave one without the other.
 
@@ -277,11 +332,15 @@ class Installer:
             hint="give the new content a new version, or remove the old one first",
         )
 
-    def _known(self, manifest: Manifest) -> Known:
-        """What was measured of this very version before it was damaged."""
+    def _known(self, manifest: Manifest, *, slower: bool) -> Known:
+        """What was measured of this very version before it was damaged, and what it is to take the place of."""
         model = self._store.document.models.get(manifest.name)
         entry = model.versions.get(manifest.version) if model else None
-        return known_of(entry) if entry else Known()
+        return replace(known_of(entry) if entry else Known(), active=self._active_beside(manifest, slower=slower))
+
+    def _active_beside(self, manifest: Manifest, *, slower: bool) -> Active | None:
+        slower = slower or manifest.policy.accept_slower
+        return active_beside(self._store.document, manifest.name, manifest.version, slower=slower)
 
     def _model(self, name: str) -> ModelEntry:
         model = self._store.document.models.get(name)
@@ -343,11 +402,12 @@ def _with_version(document: CatalogDocument, name: str, version: str, entry: Ver
 
 
 def _with_choice(document: CatalogDocument, name: str, version: str, choice: Choice) -> CatalogDocument:
-    model = document.models[name]
-    entry = model.versions[version].model_copy(
+    before = document.models[name].versions[version]
+    kept = {what: record for what, record in (before.choice or {}).items() if what in _STORY}
+    entry = before.model_copy(
         update={
             "chosen": choice.chosen,
-            "choice": choice.document,
+            "choice": {**kept, **choice.document},
             "measurements": choice.measurements,
             "quarantine": choice.quarantine,
         }
@@ -381,6 +441,27 @@ def _with_active(document: CatalogDocument, name: str, version: str) -> CatalogD
     if model.active == version:
         return document
     return _replace(document, name, model.model_copy(update={"active": version, "previous": model.active}))
+
+
+def _is_active(document: CatalogDocument, name: str, version: str) -> bool:
+    model = document.models.get(name)
+    return model is not None and model.active == version
+
+
+def _with_story(
+    document: CatalogDocument, name: str, version: str, what: str, record: Mapping[str, Any]
+) -> CatalogDocument:
+    """The version with another record beside its choice."""
+    entry = document.models[name].versions[version]
+    choice = {**(entry.choice or {}), what: dict(record)}
+    return _with_version(document, name, version, entry.model_copy(update={"choice": choice}))
+
+
+def _taken_back(document: CatalogDocument, case: Case, record: Mapping[str, Any]) -> CatalogDocument:
+    document = _with_story(document, case.model, case.version, "probation", record)
+    model = document.models[case.model]
+    previous = case.previous if case.previous in model.versions and case.previous != case.version else None
+    return _replace(document, case.model, model.model_copy(update={"active": case.before, "previous": previous}))
 
 
 def _without(document: CatalogDocument, name: str, version: str | None) -> CatalogDocument:
