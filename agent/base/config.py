@@ -239,6 +239,7 @@ class MaintenanceConfig(_Section):
     ages_h: Hours = 24.0
     disk_h: Hours = 6.0
     clock_h: Hours = 6.0
+    repository_h: Hours = 24.0
 
 
 class ProbationConfig(_Section):

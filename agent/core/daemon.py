@@ -215,6 +215,7 @@ class Core:
             clock=clock,
             ask=self._ask,
             certificate_ends=lambda: self._fleet.certificate_ends if self._fleet is not None else None,
+            look=lambda go_on: self._fleet.look(go_on) if self._fleet is not None else None,
             ran=self._guarding.quality.ran,
             kept=self._guarding.quality.flush,
         )
@@ -230,6 +231,7 @@ class Core:
             watcher=self._guarding.probations,
             device=self._device,
             runtimes=self._runtimes,
+            view=self._measuring.view,
             desk=self._desk,
             file_config=lambda: self._config,
             hold=self._hold,

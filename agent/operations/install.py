@@ -12,21 +12,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from agent import __version__
 from agent.base.clock import Clock, iso
-from agent.base.errors import AgentError, ConflictError, NotFoundError, RefusedError, UnsupportedError
+from agent.base.errors import AgentError, ConflictError, NotFoundError, PeerError, RefusedError, UnsupportedError
 from agent.bundles.manifest import FileRef, Manifest
 from agent.operations.forms import PREFIX, Forms
 from agent.operations.incoming import contents, opened
 from agent.operations.measured import Active, Choice, ChooseVariant, Known, Progress, active_beside, known_of
 from agent.operations.probation import LOCAL, UNWATCHED, Case, Watcher
+from agent.selection.versions import satisfies
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
-from agent.store.store import Store
+from agent.store.store import Change, Store
 
 #: (manifest, what is known, chosen candidate) -> what has changed since it was measured
 Outdated = Callable[[Manifest, Known, "str | None"], Sequence[str]]
 _LOG = logging.getLogger("edge_agent.operations")
 #: What stands beside a choice and tells of the version, whatever is chosen of it later.
 _STORY = ("beside", "probation")
+
+
+class RejectedError(UnsupportedError):
+    """No variant of a version may answer on this device: the trial, or a rule, says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +106,7 @@ class Installer:
             )
         with opened(descriptor, self._go_on) as stream:
             manifest, files = contents(stream, file_name=request.file_name, name=request.name)
+            require_agent(manifest.name, manifest.requires_agent)
             name, version = manifest.name, manifest.version
             if (existing := self._existing(manifest)) is not None:
                 progress({"stage": "unchanged", "model": name, "version": version})
@@ -111,14 +118,7 @@ class Installer:
         watcher = self._serving.watcher
         watcher.look(name)
         try:
-            known = self._known(manifest, slower=request.accept_slower)
-            choice = self._choose(manifest, refs, known, request.shapes or {}, progress)
-            _require_choice(choice, f"cannot add model '{name}'")
-            forms = self._preparing.make(manifest, refs, choice, progress)
-            refs |= forms.blobs
-            gains = self._preparing.gauge(manifest, refs, choice, progress)
-            entry = _entry_with_forms(_version_entry(manifest, refs, choice, self._now()), forms)
-            entry = _entry_with_gains(entry, gains)
+            entry = self._examined(manifest, refs, request.shapes or {}, progress, slower=request.accept_slower)
             self._arm(name, version, slower=request.accept_slower or manifest.policy.accept_slower)
             self._commit_loaded(manifest, entry, progress)
         except BaseException:
@@ -126,6 +126,42 @@ class Installer:
             self._store.discard(refs.values())
             raise
         return self._result(name, version)
+
+    def examine(
+        self, manifest: Manifest, refs: dict[str, BlobRef], progress: Progress, *, slower: bool = False
+    ) -> VersionEntry:
+        """Try what was fetched of a published version: its entry, not committed yet. ``refs`` gets its forms, too.
+
+        RejectedError when none of the variants that are there may answer.
+        """
+        entry = self._examined(manifest, refs, {}, progress, slower=slower)
+        return entry.model_copy(update={"origin": "signed"})
+
+    def put(self, entry: VersionEntry, also: Change = lambda document: document) -> None:
+        """Install a version that was examined, beside the one that answers; ``also`` happens in the same commit."""
+        name, version = entry.manifest.name, entry.manifest.version
+        self._serving.show(self._store.commit(lambda document: also(_with_version(document, name, version, entry))))
+
+    def withdraw(self, name: str, version: str, previous: str | None = None) -> None:
+        """Take a version away again, also where it is the one that answers; harmless where it is gone.
+
+        ``previous``: what the way back led to before it came.
+        """
+        model = self._store.document.models.get(name)
+        if model is not None and version in model.versions:
+            self._serving.show(self._store.commit(lambda document: _without(document, name, version, previous)))
+
+    def outdo(self, name: str) -> list[str]:
+        """Delete published versions that neither answer nor are the way back; which they were."""
+        model = self._model(name)
+        gone = [
+            version
+            for version, entry in model.versions.items()
+            if entry.origin == "signed" and version not in (model.active, model.previous)
+        ]
+        for version in gone:
+            self.withdraw(name, version)
+        return gone
 
     def activate(self, name: str, version: str, progress: Progress = lambda event: None) -> dict[str, Any]:
         """Let ``version`` answer: load it first, then switch. The version before stays installed for ``rollback``."""
@@ -264,6 +300,24 @@ class Installer:
 
     # -- within -------------------------------------------------------------------------------------------------------
 
+    def _examined(
+        self,
+        manifest: Manifest,
+        refs: dict[str, BlobRef],
+        shapes: Mapping[str, list[int]],
+        progress: Progress,
+        *,
+        slower: bool,
+    ) -> VersionEntry:
+        """Chosen, prepared and gauged. What is added to ``refs`` is to be discarded with the rest of it."""
+        choice = self._choose(manifest, refs, self._known(manifest, slower=slower), shapes, progress)
+        _require_choice(choice, f"cannot add model '{manifest.name}'")
+        forms = self._preparing.make(manifest, refs, choice, progress)
+        refs |= forms.blobs
+        gains = self._preparing.gauge(manifest, refs, choice, progress)
+        entry = _entry_with_forms(_version_entry(manifest, refs, choice, self._now()), forms)
+        return _entry_with_gains(entry, gains)
+
     def _arm(self, name: str, version: str, *, slower: bool) -> None:
         model = self._store.document.models.get(name)
         if model is not None and model.active not in (None, version):
@@ -368,9 +422,24 @@ class Installer:
         return iso(self._clock.now())
 
 
+def require_agent(name: str, wanted: str | None) -> None:
+    """UnsupportedError where a version asks for another agent than this one; PeerError where it cannot be read."""
+    if wanted is None:
+        return
+    try:
+        fits = satisfies(__version__, wanted)
+    except ValueError as error:
+        raise PeerError(f"cannot add model '{name}': requires_agent: {error}") from error
+    if not fits:
+        raise UnsupportedError(
+            f"cannot add model '{name}': it needs the agent {wanted}, this is {__version__}",
+            hint="update the agent first",
+        )
+
+
 def _require_choice(choice: Choice, what: str) -> None:
     if choice.chosen is None:
-        raise UnsupportedError(f"{what}: {choice.why}", hint=choice.hint)
+        raise RejectedError(f"{what}: {choice.why}", hint=choice.hint)
 
 
 # -- changes of the catalog: pure -------------------------------------------------------------------------------------
@@ -464,10 +533,17 @@ def _taken_back(document: CatalogDocument, case: Case, record: Mapping[str, Any]
     return _replace(document, case.model, model.model_copy(update={"active": case.before, "previous": previous}))
 
 
-def _without(document: CatalogDocument, name: str, version: str | None) -> CatalogDocument:
+def _without(document: CatalogDocument, name: str, version: str | None, instead: str | None = None) -> CatalogDocument:
+    """``instead``: where the way back leads that led to the version which goes."""
     model = document.models[name]
     versions = {key: entry for key, entry in model.versions.items() if version not in (None, key)}
     if not versions:
         return _replace(document, name, None)
-    previous = model.previous if model.previous in versions else None
-    return _replace(document, name, model.model_copy(update={"versions": versions, "previous": previous}))
+    active, previous = (key if key in versions else None for key in (model.active, model.previous))
+    if active is None:
+        active, previous = previous, None
+    elif previous is None and instead in versions and instead != active:
+        previous = instead
+    return _replace(
+        document, name, model.model_copy(update={"versions": versions, "active": active, "previous": previous})
+    )
