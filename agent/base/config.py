@@ -239,6 +239,23 @@ class MaintenanceConfig(_Section):
     ages_h: Hours = 24.0
     disk_h: Hours = 6.0
     clock_h: Hours = 6.0
+    repository_h: Hours = 24.0
+
+
+class ProbationConfig(_Section):
+    """How long a new version is on probation, and what makes it worse than the one before it.
+
+    It ends after so many ``requests`` or ``seconds``. ``shadow``: the share of its requests that the version before
+    answers, too, while the device is idle. ``local``: also for versions that somebody adds on the device.
+    """
+
+    requests: Annotated[int, Field(ge=1, le=1_000_000)] = 200
+    seconds: Seconds = 600.0
+    max_error_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.02
+    max_latency_ratio: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = 1.5
+    shadow: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    min_agreement: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)] = 0.5
+    local: bool = True
 
 
 class ClockConfig(_Section):
@@ -318,6 +335,7 @@ class Config(_Section):
     delivery: DeliveryConfig = DeliveryConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     maintenance: MaintenanceConfig = MaintenanceConfig()
+    probation: ProbationConfig = ProbationConfig()
     clock: ClockConfig = ClockConfig()
     governor: GovernorConfig = GovernorConfig()
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)

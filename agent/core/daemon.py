@@ -31,10 +31,11 @@ from agent.base.paths import Paths
 from agent.base.systemd import Handover, Notifier, adopt_sockets
 from agent.core import health, logs
 from agent.core.accelerators import Accelerators, probing
-from agent.core.admin_api import AdminApi
+from agent.core.admin_api import AdminApi, Documents
 from agent.core.cache_api import CacheApi
 from agent.core.device import look_at_device
 from agent.core.governing import Governing
+from agent.core.guarding import Guarding
 from agent.core.incoming_api import IncomingApi
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
 from agent.core.link_api import LinkApi, NoFleet
@@ -164,11 +165,22 @@ class Core:
         self._accelerators = Accelerators(lambda: self._engine, probing(self._operations.run, memory_mb, cpus))
         lose = self._accelerators.lose
         self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._give_back, lose)
-        self._measuring = Measuring(device, self._runtimes, self._store, lambda: self.config, self._operations.go_on)
-        self._show(self._store.document)
+        self._guarding = guarding = Guarding(
+            self._paths.state_dir,
+            self._store,
+            self._operations,
+            self._engine,
+            lambda: self.config.probation,
+            lambda: self._installer,
+            self._fleet_changed,
+        )
+        self._measuring = Measuring(
+            device, self._runtimes, self._store, lambda: self.config, self._operations.go_on, guarding.requests
+        )
         serving = Serving(
             show=lambda document: self._operations.on_loop(lambda: self._show(document)),
             load=self._load_now,
+            watcher=guarding.probations,
         )
         self._installer = Installer(
             self._store,
@@ -180,6 +192,8 @@ class Core:
             preparing=self._measuring.preparing,
             go_on=self._operations.go_on,
         )
+        guarding.probations.start()
+        self._show(self._store.document)
         self._reviews = Reviews(self._operations, self._installer.review, lambda: bool(self._store.document.models))
         self._maintenance = Maintenance(self._store, serving.show)
         self._upkeep = Upkeep(self._paths, lambda: self.config, self._operations, self._means, self._fleet_changed)
@@ -201,6 +215,9 @@ class Core:
             clock=clock,
             ask=self._ask,
             certificate_ends=lambda: self._fleet.certificate_ends if self._fleet is not None else None,
+            look=lambda go_on: self._fleet.look(go_on) if self._fleet is not None else None,
+            ran=self._guarding.quality.ran,
+            kept=self._guarding.quality.flush,
         )
 
     def _make_fleet(self) -> Fleet:
@@ -211,8 +228,10 @@ class Core:
             operations=self._operations,
             installer=self._installer,
             maintenance=self._maintenance,
+            watcher=self._guarding.probations,
             device=self._device,
             runtimes=self._runtimes,
+            view=self._measuring.view,
             desk=self._desk,
             file_config=lambda: self._config,
             hold=self._hold,
@@ -222,6 +241,7 @@ class Core:
             figures=_figures,
             governor=self._governing.record,
             statistics=self._statistics,
+            quality=self._guarding.quality.short,
             unload_all=self._unload_all,
             restart=self.stop,
             reboot=self._request_reboot,
@@ -245,15 +265,16 @@ class Core:
             labels=self._engine.labels,
             metrics=[self._socket_metrics, self._governing.metrics],
             caches=self._engine.caches,
+            feedback=self._guarding.quality,
         )
+        self._guarding.attach(inference)
         self._infer = Server(RouteTable(inference.routes()), limits)
         api = AdminApi(
             self._store,
             self._installer,
             self._maintenance,
             self._operations,
-            self._status,
-            self._diagnose,
+            Documents(self._status, self._diagnose, self._guarding.story),
             self._upkeep,
             lambda: self._fleet,
         )
@@ -308,6 +329,7 @@ class Core:
         if hasattr(self, "_upkeep"):
             self._reviews.stop()
             self._upkeep.stop()
+            self._guarding.stop()
         if hasattr(self, "_governing"):
             self._accelerators.stop()
             self._governing.stop()
@@ -318,6 +340,8 @@ class Core:
         servers = [server for server in (getattr(self, "_infer", None), getattr(self, "_admin", None)) if server]
         await asyncio.gather(*(server.drain(self._config.server.drain_s) for server in servers))
         await self._operations.close()
+        if hasattr(self, "_guarding"):
+            self._guarding.close()
         if self._fleet is not None:
             self._fleet.close()
         self.all_ended = await self._engine.close()
@@ -356,6 +380,7 @@ class Core:
         self._engine.put(
             shelf_from(document, self._store.read, self._device.threads, self._measuring.form_key, self._models_set)
         )
+        self._guarding.shown(document)
 
     def _load_now(self, model: str, version: str) -> None:
         self._operations.await_on_loop(self._engine.preload(model, version))
@@ -430,6 +455,7 @@ class Core:
             *health.check_store(self._store),
             *self._accelerators.findings(),
             *self._governing.findings(),
+            *self._guarding.findings(),
         ]
         return found if self._fleet is None else [*found, *self._fleet.findings()]
 
@@ -447,6 +473,7 @@ class Core:
             "models": self._engine.index(),
             "loaded": self._engine.loaded(),
             "cascades": self._engine.cascades(),
+            "probation": self._guarding.probations.status(),
             "memory": self._engine.memory(),
             "caches": self._engine.caches(),
             "process": _figures(),
@@ -471,6 +498,7 @@ class Core:
             lambda: health.check_clock(time.gmtime().tm_year),
             self._accelerators.findings,
             self._governing.findings,
+            self._guarding.findings,
             lambda: self._fleet.findings() if self._fleet is not None else [],
         ]
         findings: list[health.Finding] = []

@@ -29,6 +29,7 @@ REMOTE = frozenset(
         "delivery",
         "telemetry",
         "maintenance",
+        "probation",
         "clock",
         "governor",
         "models",

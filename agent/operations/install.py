@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from agent import __version__
 from agent.base.clock import Clock, iso
-from agent.base.errors import AgentError, ConflictError, NotFoundError, RefusedError, UnsupportedError
+from agent.base.errors import AgentError, ConflictError, NotFoundError, PeerError, RefusedError, UnsupportedError
 from agent.bundles.manifest import FileRef, Manifest
 from agent.operations.forms import PREFIX, Forms
 from agent.operations.incoming import contents, opened
-from agent.operations.measured import Choice, ChooseVariant, Known, Progress, known_of
+from agent.operations.measured import Active, Choice, ChooseVariant, Known, Progress, active_beside, known_of
+from agent.operations.probation import LOCAL, UNWATCHED, Case, Watcher
+from agent.selection.versions import satisfies
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
-from agent.store.store import Store
+from agent.store.store import Change, Store
 
 #: (manifest, what is known, chosen candidate) -> what has changed since it was measured
 Outdated = Callable[[Manifest, Known, "str | None"], Sequence[str]]
 _LOG = logging.getLogger("edge_agent.operations")
+#: What stands beside a choice and tells of the version, whatever is chosen of it later.
+_STORY = ("beside", "probation")
+
+
+class RejectedError(UnsupportedError):
+    """No variant of a version may answer on this device: the trial, or a rule, says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +42,17 @@ class AddRequest:
     file_name: str = ""
     name: str | None = None
     shapes: Mapping[str, list[int]] | None = None
+    #: Take it also where it is slower than what answers now.
+    accept_slower: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What the installer asks of the serving side; both return when it is done."""
+    """What the installer asks of the serving side; each returns when it is done."""
 
     show: Callable[[CatalogDocument], None]
     load: Callable[[str, str], None]
+    watcher: Watcher = UNWATCHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +66,8 @@ class Preparing:
     hold: Callable[[VersionEntry], bool] = lambda entry: True
     gauge: Callable[[Manifest, Mapping[str, BlobRef], Choice, Progress], Mapping[str, Any]] = lambda *_: {}
     gains_hold: Callable[[VersionEntry], bool] = lambda entry: True
+    #: A version held against the one that it is to take the place of, by what is recorded of both.
+    compare: Callable[[VersionEntry, Active], Mapping[str, Any]] = lambda entry, active: {}
 
 
 class Installer:
@@ -92,26 +106,62 @@ class Installer:
             )
         with opened(descriptor, self._go_on) as stream:
             manifest, files = contents(stream, file_name=request.file_name, name=request.name)
+            require_agent(manifest.name, manifest.requires_agent)
             name, version = manifest.name, manifest.version
             if (existing := self._existing(manifest)) is not None:
                 progress({"stage": "unchanged", "model": name, "version": version})
-                if existing.active != version:
-                    return self.activate(name, version)
-                return self._result(name, version, unchanged=True)
+                if existing.active == version:
+                    return self._result(name, version, unchanged=True)
+                self._arm(name, version, slower=request.accept_slower or manifest.policy.accept_slower)
+                return self.activate(name, version)
             refs = self._encrypt(manifest, files, progress)
+        watcher = self._serving.watcher
+        watcher.look(name)
         try:
-            choice = self._choose(manifest, refs, self._known(manifest), request.shapes or {}, progress)
-            _require_choice(choice, f"cannot add model '{name}'")
-            forms = self._preparing.make(manifest, refs, choice, progress)
-            refs |= forms.blobs
-            gains = self._preparing.gauge(manifest, refs, choice, progress)
-            entry = _entry_with_forms(_version_entry(manifest, refs, choice, self._now()), forms)
-            entry = _entry_with_gains(entry, gains)
+            entry = self._examined(manifest, refs, request.shapes or {}, progress, slower=request.accept_slower)
+            self._arm(name, version, slower=request.accept_slower or manifest.policy.accept_slower)
             self._commit_loaded(manifest, entry, progress)
         except BaseException:
+            watcher.disarm(name, version)
             self._store.discard(refs.values())
             raise
         return self._result(name, version)
+
+    def examine(
+        self, manifest: Manifest, refs: dict[str, BlobRef], progress: Progress, *, slower: bool = False
+    ) -> VersionEntry:
+        """Try what was fetched of a published version: its entry, not committed yet. ``refs`` gets its forms, too.
+
+        RejectedError when none of the variants that are there may answer.
+        """
+        entry = self._examined(manifest, refs, {}, progress, slower=slower)
+        return entry.model_copy(update={"origin": "signed"})
+
+    def put(self, entry: VersionEntry, also: Change = lambda document: document) -> None:
+        """Install a version that was examined, beside the one that answers; ``also`` happens in the same commit."""
+        name, version = entry.manifest.name, entry.manifest.version
+        self._serving.show(self._store.commit(lambda document: also(_with_version(document, name, version, entry))))
+
+    def withdraw(self, name: str, version: str, previous: str | None = None) -> None:
+        """Take a version away again, also where it is the one that answers; harmless where it is gone.
+
+        ``previous``: what the way back led to before it came.
+        """
+        model = self._store.document.models.get(name)
+        if model is not None and version in model.versions:
+            self._serving.show(self._store.commit(lambda document: _without(document, name, version, previous)))
+
+    def outdo(self, name: str) -> list[str]:
+        """Delete published versions that neither answer nor are the way back; which they were."""
+        model = self._model(name)
+        gone = [
+            version
+            for version, entry in model.versions.items()
+            if entry.origin == "signed" and version not in (model.active, model.previous)
+        ]
+        for version in gone:
+            self.withdraw(name, version)
+        return gone
 
     def activate(self, name: str, version: str, progress: Progress = lambda event: None) -> dict[str, Any]:
         """Let ``version`` answer: load it first, then switch. The version before stays installed for ``rollback``."""
@@ -127,6 +177,26 @@ class Installer:
         if previous is None:
             raise ConflictError(f"cannot roll back '{name}': there is no previous version")
         return self.activate(name, previous)
+
+    def take_back(self, case: Case, record: Mapping[str, Any], *, serving: bool = True) -> bool:
+        """The version before ``case.version`` answers again; False where another does by now. ``record``: why.
+
+        A later ``rollback`` does not lead to it. Without ``serving`` nothing is served yet, and nobody is told.
+        """
+        if not _is_active(self._store.document, case.model, case.version):
+            return False
+        self._version(case.model, case.before)
+        if serving:
+            self._serving.load(case.model, case.before)
+        document = self._store.commit(lambda document: _taken_back(document, case, record))
+        if serving:
+            self._serving.show(document)
+        return True
+
+    def note_probation(self, case: Case, record: Mapping[str, Any]) -> None:
+        """Keep what came of a version's probation, if it is still there."""
+        if case.version in self._store.document.models.get(case.model, ModelEntry()).versions:
+            self._store.commit(lambda document: _with_story(document, case.model, case.version, "probation", record))
 
     def remove(self, name: str, version: str | None) -> dict[str, Any]:
         """Delete a model, or one version of it that is not active, and give its space back."""
@@ -155,13 +225,19 @@ class Installer:
         self._serving.load(name, version)
         return self._result(name, version)
 
-    def retry(self, name: str, version: str, progress: Progress) -> bool:
-        """Try the candidates of an installed version where what was measured no longer holds; whether it did."""
+    def retry(self, name: str, version: str, progress: Progress, *, accept_slower: bool = False) -> bool:
+        """Try the candidates of an installed version where what was measured no longer holds; whether it did.
+
+        UnsupportedError where none will do, or where it is worse than the version that answers now.
+        """
         entry = self._version(name, version)
+        active = self._active_beside(entry.manifest, slower=accept_slower)
         if not self._outdated(entry.manifest, known_of(entry), entry.chosen):
+            self._compare(name, version, active)
             self.renew_forms(name, version, progress)
             return False
-        choice = self._choose(entry.manifest, entry.blobs, Known(quarantine=entry.quarantine), {}, progress)
+        known = Known(quarantine=entry.quarantine, active=active)
+        choice = self._choose(entry.manifest, entry.blobs, known, {}, progress)
         _require_choice(choice, f"cannot choose a variant of '{name}'")
         self._serving.show(self._store.commit(lambda document: _with_choice(document, name, version, choice)))
         self.renew_forms(name, version, progress)
@@ -224,6 +300,39 @@ class Installer:
 
     # -- within -------------------------------------------------------------------------------------------------------
 
+    def _examined(
+        self,
+        manifest: Manifest,
+        refs: dict[str, BlobRef],
+        shapes: Mapping[str, list[int]],
+        progress: Progress,
+        *,
+        slower: bool,
+    ) -> VersionEntry:
+        """Chosen, prepared and gauged. What is added to ``refs`` is to be discarded with the rest of it."""
+        choice = self._choose(manifest, refs, self._known(manifest, slower=slower), shapes, progress)
+        _require_choice(choice, f"cannot add model '{manifest.name}'")
+        forms = self._preparing.make(manifest, refs, choice, progress)
+        refs |= forms.blobs
+        gains = self._preparing.gauge(manifest, refs, choice, progress)
+        entry = _entry_with_forms(_version_entry(manifest, refs, choice, self._now()), forms)
+        return _entry_with_gains(entry, gains)
+
+    def _arm(self, name: str, version: str, *, slower: bool) -> None:
+        model = self._store.document.models.get(name)
+        if model is not None and model.active not in (None, version):
+            assert model.active is not None
+            case = Case(name, version, model.active, model.previous, LOCAL, slower)
+            self._serving.watcher.arm(case)
+
+    def _compare(self, name: str, version: str, active: Active | None) -> None:
+        """Hold it against what answers now by what is recorded of both, and note what came of that."""
+        record = self._preparing.compare(self._version(name, version), active) if active is not None else {}
+        if record.get("worse"):
+            raise UnsupportedError(f"cannot install '{name}' {version}: {record['worse']}", hint=str(record["mend"]))
+        if record:
+            self._store.commit(lambda document: _with_story(document, name, version, "beside", record))
+
     def _commit_loaded(self, manifest: Manifest, entry: VersionEntry, progress: Progress) -> None:
         """Install and activate in one commit, so that no kill can leave one without the other.
 
@@ -277,11 +386,15 @@ class Installer:
             hint="give the new content a new version, or remove the old one first",
         )
 
-    def _known(self, manifest: Manifest) -> Known:
-        """What was measured of this very version before it was damaged."""
+    def _known(self, manifest: Manifest, *, slower: bool) -> Known:
+        """What was measured of this very version before it was damaged, and what it is to take the place of."""
         model = self._store.document.models.get(manifest.name)
         entry = model.versions.get(manifest.version) if model else None
-        return known_of(entry) if entry else Known()
+        return replace(known_of(entry) if entry else Known(), active=self._active_beside(manifest, slower=slower))
+
+    def _active_beside(self, manifest: Manifest, *, slower: bool) -> Active | None:
+        slower = slower or manifest.policy.accept_slower
+        return active_beside(self._store.document, manifest.name, manifest.version, slower=slower)
 
     def _model(self, name: str) -> ModelEntry:
         model = self._store.document.models.get(name)
@@ -309,9 +422,24 @@ class Installer:
         return iso(self._clock.now())
 
 
+def require_agent(name: str, wanted: str | None) -> None:
+    """UnsupportedError where a version asks for another agent than this one; PeerError where it cannot be read."""
+    if wanted is None:
+        return
+    try:
+        fits = satisfies(__version__, wanted)
+    except ValueError as error:
+        raise PeerError(f"cannot add model '{name}': requires_agent: {error}") from error
+    if not fits:
+        raise UnsupportedError(
+            f"cannot add model '{name}': it needs the agent {wanted}, this is {__version__}",
+            hint="update the agent first",
+        )
+
+
 def _require_choice(choice: Choice, what: str) -> None:
     if choice.chosen is None:
-        raise UnsupportedError(f"{what}: {choice.why}", hint=choice.hint)
+        raise RejectedError(f"{what}: {choice.why}", hint=choice.hint)
 
 
 # -- changes of the catalog: pure -------------------------------------------------------------------------------------
@@ -343,11 +471,12 @@ def _with_version(document: CatalogDocument, name: str, version: str, entry: Ver
 
 
 def _with_choice(document: CatalogDocument, name: str, version: str, choice: Choice) -> CatalogDocument:
-    model = document.models[name]
-    entry = model.versions[version].model_copy(
+    before = document.models[name].versions[version]
+    kept = {what: record for what, record in (before.choice or {}).items() if what in _STORY}
+    entry = before.model_copy(
         update={
             "chosen": choice.chosen,
-            "choice": choice.document,
+            "choice": {**kept, **choice.document},
             "measurements": choice.measurements,
             "quarantine": choice.quarantine,
         }
@@ -383,10 +512,38 @@ def _with_active(document: CatalogDocument, name: str, version: str) -> CatalogD
     return _replace(document, name, model.model_copy(update={"active": version, "previous": model.active}))
 
 
-def _without(document: CatalogDocument, name: str, version: str | None) -> CatalogDocument:
+def _is_active(document: CatalogDocument, name: str, version: str) -> bool:
+    model = document.models.get(name)
+    return model is not None and model.active == version
+
+
+def _with_story(
+    document: CatalogDocument, name: str, version: str, what: str, record: Mapping[str, Any]
+) -> CatalogDocument:
+    """The version with another record beside its choice."""
+    entry = document.models[name].versions[version]
+    choice = {**(entry.choice or {}), what: dict(record)}
+    return _with_version(document, name, version, entry.model_copy(update={"choice": choice}))
+
+
+def _taken_back(document: CatalogDocument, case: Case, record: Mapping[str, Any]) -> CatalogDocument:
+    document = _with_story(document, case.model, case.version, "probation", record)
+    model = document.models[case.model]
+    previous = case.previous if case.previous in model.versions and case.previous != case.version else None
+    return _replace(document, case.model, model.model_copy(update={"active": case.before, "previous": previous}))
+
+
+def _without(document: CatalogDocument, name: str, version: str | None, instead: str | None = None) -> CatalogDocument:
+    """``instead``: where the way back leads that led to the version which goes."""
     model = document.models[name]
     versions = {key: entry for key, entry in model.versions.items() if version not in (None, key)}
     if not versions:
         return _replace(document, name, None)
-    previous = model.previous if model.previous in versions else None
-    return _replace(document, name, model.model_copy(update={"versions": versions, "previous": previous}))
+    active, previous = (key if key in versions else None for key in (model.active, model.previous))
+    if active is None:
+        active, previous = previous, None
+    elif previous is None and instead in versions and instead != active:
+        previous = instead
+    return _replace(
+        document, name, model.model_copy(update={"versions": versions, "active": active, "previous": previous})
+    )

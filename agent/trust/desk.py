@@ -60,11 +60,11 @@ class Desk:
 
     # -- for whoever needs the bytes ----------------------------------------------------------------------------------
 
-    def fetch(self, want: Want) -> bytes:
-        """See ``agent.trust.wants.Wants``. DelayError; DeliveryError too_long, wrong_content."""
+    def fetch(self, want: Want, go_on: Callable[[], None] = lambda: None) -> bytes:
+        """See ``agent.trust.wants.Wants``. DelayError; DeliveryError too_long, wrong_content. ``go_on`` as below."""
         landing = Memory(want)
         with self._waiting_for(want, landing) as entry:
-            self._await(entry, lambda done: None, lambda: None)
+            self._await(entry, lambda done: None, go_on)
         return landing.data
 
     def fetch_file(

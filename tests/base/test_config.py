@@ -117,7 +117,7 @@ def test_an_integrators_file(tmp_path: Path) -> None:
         ("[server]\nqueue_per_model = true", "server.queue_per_model: must be a valid integer"),
         ("[server]\ndeadlines = 3", "server.deadlines: unknown key (did you mean deadline_s?)"),
         ("[acess]", "acess: unknown key (did you mean access?)"),
-        ("[frobnication]", "frobnication: unknown key"),
+        ("[wibble]", "wibble: unknown key"),
         ("server = 3", "server: must be a table"),
         ("[server]\nconnections_per_uid = 600", "server: connections_per_uid must not be above max_connections"),
         ("[server]\nmax_body_mb = 200", "server: max_body_mb must not be above buffered_mb_per_uid"),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from agent.base.config import DeliveryConfig
-from agent.core.admin_api import AdminApi
+from agent.core.admin_api import AdminApi, Documents
 from agent.core.cache_api import CacheApi
 from agent.core.incoming_api import IncomingApi
 from agent.core.link_api import LinkApi, NoFleet
@@ -51,7 +51,7 @@ print(json.dumps(found))
 def rows() -> list[Route]:
     """Every row that core serves on the admin socket, as it makes them itself."""
     nothing: Any = SimpleNamespace()
-    api = AdminApi(nothing, nothing, nothing, nothing, dict, list, nothing, lambda: None)
+    api = AdminApi(nothing, nothing, nothing, nothing, Documents(dict, list, nothing), nothing, lambda: None)
     kept = CacheApi(nothing, nothing, nothing, nothing)
     incoming = IncomingApi(Desk(), DeliveryConfig)
     return [*api.routes(), *kept.routes(), *LinkApi(NoFleet).routes(), *incoming.routes()]
