@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -46,6 +47,20 @@ def core_for(broker: Broker, link: LinkProcess, **delivery: object) -> StandIn:
     return core
 
 
+@contextlib.contextmanager
+def serving(broker: Broker, repository: Path) -> Iterator[None]:
+    """Somebody gives blocks of a repository with the payload."""
+    (repository / "metadata").mkdir(parents=True)
+    (repository / "targets").mkdir()
+    (repository / "targets" / "x").write_bytes(DATA)
+    arguments = [sys.executable, "-c", _SERVE, str(broker.folder), str(broker.operator_port), str(repository)]
+    known = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=known) as server:
+        assert server.stdout is not None and server.stdout.readline() == b"serving\n"
+        yield
+        server.terminate()
+
+
 @pytest.fixture
 def mirror(tmp_path: Path) -> Iterator[Mirror]:
     with Mirror({"targets/x": DATA}, tmp_path / "mirror") as running:
@@ -82,26 +97,36 @@ def test_a_payload_comes_through_kills_of_link_and_core(
 def test_a_device_with_nothing_but_its_broker(
     broker: Broker, link: LinkProcess, short_dir: Path, tmp_path: Path
 ) -> None:
-    repository = tmp_path / "repository"
-    (repository / "metadata").mkdir(parents=True)
-    (repository / "targets").mkdir()
-    (repository / "targets" / "x").write_bytes(DATA)
     operator = broker.operator("d1/up/job/#")
     with core_for(broker, link) as core:
         link.start()
         core.until_state(connected=True)
         waiter = Waiter(core.desk, want_for(DATA), short_dir / "payload")
         opened(core.desk)
-        arguments = [sys.executable, "-c", _SERVE, str(broker.folder), str(broker.operator_port), str(repository)]
-        known = {**os.environ, "PYTHONPATH": str(ROOT)}
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=known) as server:
-            assert server.stdout is not None and server.stdout.readline() == b"serving\n"
+        with serving(broker, tmp_path / "repository"):
             core.say("up/job/j1", b"meanwhile")
             assert waiter.end() is None
-            server.terminate()
         until(lambda: operator.on("d1/up/job/j1") == [b"meanwhile"], "states go out meanwhile")
         assert core.hand_ins == [], "core has no part in blocks"
     assert (short_dir / "payload").read_bytes() == DATA
+
+
+@pytest.mark.slow
+def test_a_broker_that_is_killed_costs_what_was_under_way(
+    broker: Broker, link: LinkProcess, short_dir: Path, tmp_path: Path
+) -> None:
+    payload = short_dir / "payload"
+    with core_for(broker, link, rate_kib_s=300) as core, serving(broker, tmp_path / "repository"):
+        link.start()
+        core.until_state(connected=True)
+        waiter = Waiter(core.desk, want_for(DATA, within_s=120.0), payload)
+        for share in (0.3, 0.6):
+            until(lambda share=share: payload.exists() and payload.stat().st_size > share * len(DATA), "some of it")
+            broker.restart(signal.SIGKILL)
+        waiter.join(90)
+        assert waiter.error is None and not waiter.is_alive()
+    assert payload.read_bytes() == DATA
+    assert waiter.told == sorted(waiter.told), "nothing begins anew"
 
 
 def test_a_device_reads_no_blocks_of_another(broker: Broker) -> None:
