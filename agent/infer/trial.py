@@ -297,7 +297,7 @@ class Trial:
                 if note := answers.text(answer, "note"):
                     contest.notes.append(f"made-up inputs were refused: {note}"[:300])
                 spans = self._around.spans(began, time.perf_counter())
-                clear = _apart(times, answers.numbers(answer, "began", len(times)), spans)
+                clear = apart(times, answers.numbers(answer, "began", len(times)), spans)
                 # A round that met throttling tells of the heat, not of the candidate.
                 spoiled = self._around.throttled() is True
                 contest.rounds.append(clear if clear and not spoiled else None)
@@ -341,7 +341,7 @@ class Trial:
         return Measurement(entrant.id, entrant.key, session=self._session, **common)
 
 
-def _apart(times: Sequence[float], began: Sequence[float], spans: Sequence[tuple[float, float]]) -> list[float]:
+def apart(times: Sequence[float], began: Sequence[float], spans: Sequence[tuple[float, float]]) -> list[float]:
     """The times (ms) of those runs that no span touches. ``began`` and spans in seconds of the same clock."""
     return [
         took

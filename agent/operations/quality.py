@@ -144,12 +144,12 @@ class Quality:
         }
 
     def short(self, model: str, version: str) -> dict[str, Any]:
-        """For the fleet: the last result, and the last days' counts."""
+        """For the fleet, which hears of many models: whether the last result was good, and the last days' counts."""
         history = self._histories.get((model, version)) or _History()
         last = history.golden[-1] if history.golden else None
         recent = sum((history.days[day] for day in sorted(history.days)[-LAST_DAYS:]), Counts())
         return {
-            "golden": asdict(last) if last is not None else None,
+            "golden_ok": last.ok if last is not None else None,
             "feedback": asdict(recent) if recent.judged else None,
         }
 

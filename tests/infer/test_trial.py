@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 
 from agent.base.clock import SystemClock
-from agent.infer.trial import Entrant, Surroundings, Trial, TrialPlan
+from agent.infer.trial import Entrant, Surroundings, Trial, TrialPlan, apart
 from agent.selection.measurements import measurement_key
 from tests import onnx_models
 
@@ -187,15 +187,23 @@ def test_nothing_is_timed_while_throttled():
 
 
 def test_runs_that_overlapped_a_request_do_not_count():
-    """Requests come and go: each takes the first half of whatever while is asked about."""
+    times, began = [100.0, 50.0, 100.0, 25.0], [1.0, 1.1, 1.2, 1.5]
+    assert apart(times, began, []) == times
+    assert apart(times, began, [(1.05, 1.06)]) == [50.0, 100.0, 25.0]
+    assert apart(times, began, [(1.14, 1.21)]) == [100.0, 25.0]
+    assert apart(times, began, [(0.0, 0.5), (1.31, 1.49), (1.53, 9.0)]) == times
+    assert apart(times, began, [(1.51, 1.511), (0.5, 1.01)]) == [50.0, 100.0]
+    assert apart(times, began, [(0.0, 9.0)]) == []
+
+
+def test_a_trial_asks_when_requests_ran_and_counts_what_was_apart():
     asked = []
 
     def spans(begin, end):
         asked.append((begin, end))
-        return [(begin, (begin + end) / 2)]
+        return [(begin - 2, begin - 1)]
 
-    around = Surroundings(SystemClock(), spans=spans)
-    seen = run(entrant("good", onnx_models.heavy(layers=1)), around=around, round_s=0.2)["good"]
+    seen = run(entrant("good", onnx_models.linear()), around=Surroundings(SystemClock(), spans=spans))["good"]
     assert seen.ok
     assert seen.rounds == len(asked) == 4
     assert seen.notes == ()
