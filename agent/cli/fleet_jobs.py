@@ -54,6 +54,8 @@ command that talks to the broker, the next ones follow.
 An operation of class destroy needs two people: 'job … --export FILE', then 'keys sign FILE', then 'job submit FILE'.
 """
 _WAIT_S = 3600.0
+#: What is fetched over a slow line must not be given up, and deleted, because of that.
+_STEP_S = {"model.install": 12 * 3600.0}
 _POLL_S = 1.0
 
 
@@ -90,7 +92,9 @@ def _add_options(parser: argparse.ArgumentParser, op: Op) -> None:
     job.add_argument("--window", metavar="CRON", help="begin only in windows that open at such times: '0 2 * * *'")
     job.add_argument("--window-for", type=duration, default=3600.0, metavar="TIME", help="how long one is open (1h)")
     job.add_argument("--window-tz", default="UTC", metavar="ZONE", help="time zone of the windows (UTC)")
-    job.add_argument("--step-timeout", type=duration, default=3600.0, metavar="TIME", help="for one step of it (1h)")
+    step_s = _STEP_S.get(op.name, 3600.0)
+    told = f"for one step of it ({step_s / 3600:g}h)"
+    job.add_argument("--step-timeout", type=duration, default=step_s, metavar="TIME", help=told)
     job.add_argument("--total-timeout", type=duration, default=86_400.0, metavar="TIME", help="for all of it (1d)")
     job.add_argument("--this-start", action="store_true", help="not if the device has restarted meanwhile")
     job.add_argument("--id", metavar="NAME", help="an id of one's own (default: made of the time)")

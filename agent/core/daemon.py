@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -73,6 +74,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("edge_agent.core")
 #: By then a start is over: models reviewed, runtimes probed, the fleet told.
 _STARTED_S = 20.0
+#: For how long another thread may keep the interpreter while a request wants it: operations compute, too. Python's own
+#: 5 ms are several requests long, and a request wants it several times.
+_SWITCH_S = 0.0005
 #: One run of a golden example.
 _RECHECK_S = 60.0
 #: How often the process is weighed while models come and go, and how often freed memory is given back. Where it has to
@@ -125,6 +129,7 @@ class Core:
     # -- building -----------------------------------------------------------------------------------------------------
 
     def _harden(self) -> None:
+        sys.setswitchinterval(_SWITCH_S)
         forbid_inspection()
         settle()
 

@@ -113,7 +113,6 @@ class ChildProcess:
                 stderr=subprocess.PIPE,
                 env=_environment(),
                 cwd="/",
-                start_new_session=True,
             )
         except OSError as error:
             ours.close()
