@@ -14,8 +14,9 @@ from agent.cli.terminal import megabytes, print_json
 
 JOB_FILE = "job.json"
 _ABOUT = """\
-Copies the repository's metadata and the files of one version, or of all, to DIR. With --device the job that waits for
-that device goes along as job.json: 'edge-agent deliver DIR' on the device hands it in and brings what it wants.
+Copies the repository's metadata and the files of one version, or of all, to DIR. A job goes along as job.json: with
+--device the one that waits for that device, or what 'edge-fleet job … --to-file DIR/job.json' wrote. On the device
+'edge-agent deliver DIR' hands it in and brings what it wants.
 
 Nothing in DIR is secret: models are encrypted, and the job is for that device alone.
 """
@@ -56,8 +57,8 @@ def _run(options: argparse.Namespace) -> int:
     job = options.out / JOB_FILE
     if document is not None:
         write_atomically(job, document.envelope, mode=0o644)
-    else:
-        job.unlink(missing_ok=True)  # of an earlier errand
+    elif job.exists():
+        say(f"{job} stays as it is: is it of this errand, from 'edge-fleet job … --to-file', or of an earlier one?")
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     if options.json:
         print_json({"copied": copied, "bytes": size, "job": document.job_id if document else None})

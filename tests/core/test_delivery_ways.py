@@ -102,34 +102,29 @@ def test_a_device_with_nothing_but_its_broker_is_updated(fleet: Fleet, device: D
 def test_a_device_without_any_network_is_updated_by_a_stick(fleet: Fleet, device: Device, tmp_path: Path) -> None:
     publish(fleet, "1.0.0", 1)
     device.stop()
-    fleet.ok("job", "model.install", f"model={NAME}", "version=1.0.0", "-d", DEVICE, "--id", "by-stick")
-    stick = tmp_path / "stick"
-    assert fleet.ok("export", str(stick), "--model", NAME, "--device", DEVICE)["job"] == "by-stick"
     fleet.broker.stop()
-
     device.start()
     until(device.is_up, "core is up", 60)
-    damaged = next(path for path in (stick / "targets").rglob("*") if "payload" in str(path) and path.is_file())
+
+    stick = tmp_path / "stick"
+    fleet.ok("export", str(stick), "--model", NAME, "--version", "1.0.0")
+    job = str(stick / "job.json")
+    words = ("job", "model.install", f"model={NAME}", "version=1.0.0", "-d", DEVICE, "--to-file", job)
+    damaged = next(path for path in (stick / "targets").rglob("*") if path.parent.name == "payload")
     data = damaged.read_bytes()
     damaged.write_bytes(data[: len(data) // 2])
+    fleet.ok(*words, "--id", "by-stick")
     report = deliver(device, stick)
     assert report["job"]["state"] == "failed" and report["refused"], report
-    damaged.write_bytes(data)
 
-    fleet.broker.start()
-    until(lambda: heard(fleet, "by-stick") == "failed", f"the operator hears of it\n{device.log.read_text()}", 60)
-    device.stop()
-    fleet.ok("job", "model.install", f"model={NAME}", "version=1.0.0", "-d", DEVICE, "--id", "again")
-    fleet.ok("export", str(stick), "--model", NAME, "--device", DEVICE)
-    fleet.broker.stop()
-    device.start()
-    until(device.is_up, "core is up", 60)
+    damaged.write_bytes(data)
+    fleet.ok(*words, "--id", "again")
     report = deliver(device, stick)
     assert report["job"]["state"] == "succeeded" and not report["refused"], report
     device.answers("1.0.0")
 
     fleet.broker.start()
-    until(lambda: heard(fleet, "again") == "succeeded", "the operator hears of it", 60)
+    until(lambda: heard(fleet, "again") == "succeeded", f"the operator hears of it\n{device.log.read_text()}", 60)
 
 
 def heard(fleet: Fleet, job: str) -> str:

@@ -40,9 +40,11 @@ def test_another_model_takes_its_place(office: Office, tmp_path: Path) -> None:
     office.ok("publish", str(BUNDLE))
     stick = tmp_path / "stick"
     office.ok("export", str(stick))
-    (stick / "job.json").write_text("of an earlier errand")
-    office.ok("export", str(stick), "--model", "another")
-    assert not [name for name in files(stick) if name.startswith("targets/models/") or name == "job.json"]
+    (stick / "job.json").write_text("put there by hand")
+    told = office.run("export", str(stick), "--model", "another")
+    assert told.status == 0 and "job.json stays as it is" in told.err
+    assert not [name for name in files(stick) if name.startswith("targets/models/")]
+    assert (stick / "job.json").read_text() == "put there by hand"
     assert (stick / "metadata" / "timestamp.json").exists()
 
 
