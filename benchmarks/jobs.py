@@ -64,7 +64,7 @@ OPS = (
     Op("model.activate", ("activate",), _version),
     Op("model.rollback", ("activate",), lambda chance: {"model": "pair"}),
     Op("model.pin", ("pin",), lambda chance: {"model": "spare", "pinned": chance.random() < 0.5}),
-    Op("model.install", ("verify", "try", "activate"), _version),
+    Op("model.install", ("verify", "try", "activate", "probation"), _version),
     Op("bench.run", ("try",), lambda chance: {"model": "pair"}),
     Op(
         "config.apply", ("apply", "confirm"), lambda chance: {"config": {"telemetry": {"heat_s": chance.uniform(5, 9)}}}

@@ -105,7 +105,7 @@ class Site:
             FleetDevice(
                 self._folder,
                 self.broker,
-                config="[selection]\nmin_rounds = 4\nmax_rounds = 4",
+                config="[selection]\nmin_rounds = 4\nmax_rounds = 4\n[probation]\nseconds = 1",
                 port=self.proxy.port if self.proxy else 0,
                 longest_pause_s=0.3,
             )

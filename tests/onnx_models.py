@@ -202,3 +202,65 @@ def elsewhere(location):
         [tensor("y", [16], TensorProto.UINT8), tensor("z", ["n"])],
         [kept],
     )
+
+
+def _slowed(seed, rounds):
+    """As ``linear``, with a loop beside it that changes nothing; ``rounds``: nodes and constants that say how long."""
+    weights = np.random.default_rng(seed).standard_normal((16, 4)).astype(np.float32)
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["go_on"], ["go_on_out"]),
+            helper.make_node("Mul", ["state", "half"], ["state_out"]),
+        ],
+        "body",
+        [tensor("round", [], TensorProto.INT64), tensor("go_on", [], TensorProto.BOOL), tensor("state", [1])],
+        [tensor("go_on_out", [], TensorProto.BOOL), tensor("state_out", [1])],
+        [constant("half", np.array([0.5], np.float32))],
+    )
+    nodes, constants = rounds
+    return model(
+        [
+            *nodes,
+            helper.make_node("Loop", ["rounds", "yes", "start"], ["rest"], body=body),
+            helper.make_node("MatMul", ["x", "w"], ["product"]),
+            helper.make_node("Mul", ["rest", "zero"], ["nothing"]),
+            helper.make_node("Add", ["product", "nothing"], ["y"]),
+        ],
+        [tensor("x", ["n", 16])],
+        [tensor("y", ["n", 4])],
+        [
+            constant("w", weights),
+            constant("yes", np.bool_(True)),
+            constant("start", np.ones(1, np.float32)),
+            constant("zero", np.zeros(1, np.float32)),
+            *constants,
+        ],
+    )
+
+
+def slow_at(seed=0):
+    """As ``linear``, but what is largest in x says how many rounds of a loop it takes: as quick for small numbers."""
+    most = helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0)
+    return _slowed(seed, ([most, helper.make_node("Cast", ["most"], ["rounds"], to=TensorProto.INT64)], []))
+
+
+def slow_always(seed=0, rounds=2000):
+    """As ``linear``, with so many rounds of a loop."""
+    return _slowed(seed, ([], [constant("rounds", np.int64(rounds))]))
+
+
+def fails_at(seed=0, most=100):
+    """As ``linear``, but it raises where a number in x is ``most`` or more."""
+    weights = np.random.default_rng(seed).standard_normal((16, 4)).astype(np.float32)
+    return model(
+        [
+            helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+            helper.make_node("Cast", ["most"], ["index"], to=TensorProto.INT64),
+            helper.make_node("Gather", ["table", "index"], ["nothing"]),
+            helper.make_node("MatMul", ["x", "w"], ["product"]),
+            helper.make_node("Add", ["product", "nothing"], ["y"]),
+        ],
+        [tensor("x", ["n", 16])],
+        [tensor("y", ["n", 4])],
+        [constant("w", weights), constant("table", np.zeros(most, np.float32))],
+    )

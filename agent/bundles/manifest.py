@@ -199,12 +199,24 @@ class Cascade(_Part):
 
 
 class Policy(_Part):
-    """What the choice prefers among the variants that answer rightly on this device."""
+    """What the choice prefers among the variants that answer rightly on this device.
+
+    ``accept_slower``: the version is taken also where it is slower than the one that answered before.
+    """
 
     prefer: Literal["latency", "accuracy", "energy", "memory"] = "latency"
     min_quality: Finite | None = None
     max_latency_ms: Annotated[Finite, Field(gt=0)] | None = None
     cascade: Cascade | None = None
+    accept_slower: bool = False
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As the manifest's: an agent that does not know the field reads what does not say it."""
+        said: dict[str, Any] = handler(self)
+        if not self.accept_slower:
+            said.pop("accept_slower", None)
+        return said
 
 
 class CachePolicy(_Part):
@@ -257,13 +269,15 @@ class Manifest(_Part):
     cache: CachePolicy | None = None
     batching: BatchingPolicy | None = None
     provenance: Provenance | None = None
+    requires_agent: ShortText | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """An agent that knows no provenance reads what one that knows it wrote of a model that has none."""
+        """An agent that does not know these fields reads what one that knows them wrote of a model without them."""
         said: dict[str, Any] = handler(self)
-        if self.provenance is None:
-            said.pop("provenance", None)
+        for name in ("provenance", "requires_agent"):
+            if getattr(self, name) is None:
+                said.pop(name, None)
         return said
 
     @model_validator(mode="after")

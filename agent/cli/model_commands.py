@@ -31,6 +31,7 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
     install = add("add", "install a bundle, a bundle directory or a bare model; returns when it answers", _add)
     install.add_argument("file", metavar="FILE", type=Path, help=".edgemodel, folder with model.json, .onnx or .tflite")
     install.add_argument("--name", metavar="N", help="another name than the bundle's or the file's")
+    install.add_argument("--accept-slower", action="store_true", help="also where it is slower than what answers now")
     _take_shapes(install)
     add("list", "what is installed", _list)
     name_model(add("show", "one model: versions, inputs, outputs, variants", _show))
@@ -70,6 +71,8 @@ def _add(arguments: argparse.Namespace, paths: Paths) -> int:
         options["name"] = arguments.name
     if shapes := _shapes(arguments.shape):
         options["shapes"] = shapes
+    if arguments.accept_slower:
+        options["accept_slower"] = True
     with Source(arguments.file) as source:
         result = call_core(paths, "POST", "/v1/models", options, descriptors=(source.descriptor,), source=source)
     if arguments.json:
@@ -137,10 +140,32 @@ def _show(arguments: argparse.Namespace, paths: Paths) -> int:
         return 0
     previous = f", before it {result['previous']}" if result["previous"] else ""
     print(f"{result['name']}: {result['active'] or 'no version'} answers{previous}")
+    if (watched := result["probation"]) is not None:
+        print(f"on probation: {watched['version']}, {_seen(watched)}; else {watched['before']} answers again")
     for version in result["versions"].values():
         print()
         _print_version(version)
     return 0
+
+
+def _seen(watched: Mapping[str, Any]) -> str:
+    """What a probation has seen, in words."""
+    requests = f"{watched['requests']} of {watched['most_requests']} requests ({watched['failed']} failed)"
+    return f"{requests} in {watched['elapsed_s']:.0f} of {watched['most_s']:.0f} s"
+
+
+def _print_story(version: Mapping[str, Any]) -> None:
+    """What came of its probation, of its golden set and of what apps say of its answers."""
+    if (record := version["probation"]) is not None:
+        said = {"passed": "passed", "rolled_back": "taken back", "kept": "worse, and kept"}[record["state"]]
+        print(f"  probation {said} {record['at']}{': ' if record['text'] else ''}{record['text']}")
+    if golden := version["quality"]["golden"]:
+        last = golden[-1]
+        print(f"  golden    {last['metric']} {last['value']:.4g} {'ok' if last['ok'] else 'drifted'} ({last['at']})")
+    if feedback := version["quality"]["feedback"]:
+        right, wrong = (sum(day[name] for day in feedback.values()) for name in ("correct", "wrong"))
+        problem = version["quality"]["problem"]
+        print(f"  feedback  {right} of {right + wrong} right in {len(feedback)} days{': ' if problem else ''}{problem}")
 
 
 def _print_version(version: Mapping[str, Any]) -> None:
@@ -155,6 +180,7 @@ def _print_version(version: Mapping[str, Any]) -> None:
         mark = "*" if variant["id"] == chosen else " "
         damaged = "  damaged" if variant["file"]["name"] in version["damaged"] else ""
         print(f"  {mark} {variant['id']:<14} {variant['runtime']} {variant['precision']}{damaged}")
+    _print_story(version)
 
 
 def _explain(arguments: argparse.Namespace, paths: Paths) -> int:
@@ -164,15 +190,35 @@ def _explain(arguments: argparse.Namespace, paths: Paths) -> int:
         raise PeerError(
             f"cannot explain '{arguments.model}' {version}: it is not installed", hint="edge-agent models list"
         )
-    document, batching = (result["versions"][version].get(part) for part in ("explain", "batching"))
+    found = result["versions"][version]
+    document, batching, beside = (found.get(part) for part in ("explain", "batching", "beside"))
     if document is None:
         raise PeerError(f"cannot explain '{arguments.model}': nothing was tried yet", hint="edge-agent bench MODEL")
     if arguments.json:
-        print_json({**document, "batching": batching})
+        print_json({**document, "batching": batching, "beside": beside})
     else:
         _print_explanation(document)
+        _print_beside(beside)
         _print_batching(batching)
     return 0
+
+
+def _print_beside(record: Mapping[str, Any] | None) -> None:
+    """How it did beside the version that answered when it came."""
+    if record is None:
+        return
+    parts = []
+    if (latency := record["latency"]) is not None:
+        ratio, times = latency["ratio"], (latency["p50_ms"], latency["active_p50_ms"])
+        parts.append(f"p50 {times[0]:.3g} ms, {times[1]:.3g} ms before ({ratio:.2f} x)")
+    if None not in (memory := (record["memory"]["peak_mb"], record["memory"]["active_peak_mb"])):
+        parts.append(f"{memory[0]:.1f} MB, {memory[1]:.1f} MB before")
+    agreement = record["agreement"]
+    if agreement["active"] is not None and agreement["new"] is not None:
+        parts.append(f"{agreement['metric']} {agreement['new']:.4g}, {agreement['active']:.4g} before")
+    if agreement["new_on_active_golden"] is not None:
+        parts.append(f"{agreement['new_on_active_golden']:.4g} on the golden set of before")
+    print(f"beside {record['version']} ({record['how']}): {'; '.join(parts) or 'nothing to compare'}")
 
 
 def _print_batching(record: Mapping[str, Any] | None) -> None:

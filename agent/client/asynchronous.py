@@ -21,6 +21,7 @@ from agent.client.exchange import (
     Part,
     Step,
     exchange,
+    feedback_request,
     is_ready,
     model_path,
     not_taken,
@@ -75,6 +76,20 @@ class AsyncClient:
         """As ``Client.statistics``."""
         target = "/v2/models/stats" if model is None else model_path(model, version, "/stats")
         return statistics_of(await self._get(target))
+
+    async def feedback(
+        self,
+        model: str,
+        correct: bool | None = None,
+        *,
+        label: str | float | bool | None = None,
+        predicted: str | float | bool | None = None,
+        version: str | None = None,
+        id: str | None = None,  # noqa: A002 - the protocol's word
+    ) -> bool:
+        """As ``Client.feedback``."""
+        parts = feedback_request(model, version, correct, label, predicted, id)
+        return bool((await self._call(parts)).document()["counted"])
 
     async def _get(self, target: str) -> dict[str, Any]:
         document: dict[str, Any] = (await self._call(request("GET", target))).document()

@@ -20,6 +20,7 @@ from agent.client.exchange import (
     Part,
     Step,
     exchange,
+    feedback_request,
     is_ready,
     model_path,
     not_taken,
@@ -199,6 +200,24 @@ class Client:
     def statistics(self, model: str | None = None, version: str | None = None) -> list[dict[str, Any]]:
         """Counts and times of one model, or of all."""
         return statistics_of(self._get("/v2/models/stats" if model is None else model_path(model, version, "/stats")))
+
+    def feedback(
+        self,
+        model: str,
+        correct: bool | None = None,
+        *,
+        label: str | float | bool | None = None,
+        predicted: str | float | bool | None = None,
+        version: str | None = None,
+        id: str | None = None,  # noqa: A002 - the protocol's word
+    ) -> bool:
+        """Tell whether an answer was right: ``correct``, or the true ``label`` beside the one that was ``predicted``.
+
+        ``version``: the one that answered (``Result.model_version``), else the active one. ``id``: of the request, so
+        that it counts once; False where it had counted already.
+        """
+        parts = feedback_request(model, version, correct, label, predicted, id)
+        return bool(self._lines.call(parts).document()["counted"])
 
     def _get(self, target: str) -> dict[str, Any]:
         document: dict[str, Any] = self._lines.call(request("GET", target)).document()

@@ -240,6 +240,15 @@ def is_ready(answer: Answer) -> bool:
     return True
 
 
+def feedback_request(
+    model: str, version: str | None, correct: bool | None, label: Any, predicted: Any, request_id: str | None
+) -> list[Part]:
+    """What an app says of an answer."""
+    said = {"label": label, "predicted": predicted} if correct is None else {"correct": correct}
+    document = said if request_id is None else {**said, "id": request_id}
+    return request("POST", model_path(model, version, "/feedback"), [json.dumps(document).encode("ascii")])
+
+
 def statistics_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The list in a statistics answer."""
     statistics: list[dict[str, Any]] = document["model_stats"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agent.base.errors import NotFoundError, PeerError
@@ -30,8 +31,17 @@ _LONG_S = 3600.0
 _MAX_AXES = 32
 
 
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """``status`` and ``diagnose``: those of the commands; ``story`` adds to a model what is not in the catalog."""
+
+    status: Callable[[], dict[str, Any]]
+    diagnose: Callable[[], list[dict[str, Any]]]
+    story: Callable[[str, dict[str, Any]], dict[str, Any]]
+
+
 class AdminApi:
-    """Handlers of ``admin.sock``. ``status`` and ``diagnose`` give the documents of those commands."""
+    """Handlers of ``admin.sock``."""
 
     def __init__(
         self,
@@ -39,8 +49,7 @@ class AdminApi:
         installer: Installer,
         maintenance: Maintenance,
         operations: Operations,
-        status: Callable[[], dict[str, Any]],
-        diagnose: Callable[[], list[dict[str, Any]]],
+        documents: Documents,
         upkeep: Upkeep,
         fleet: Callable[[], Fleet | None],
     ) -> None:
@@ -48,8 +57,9 @@ class AdminApi:
         self._installer = installer
         self._maintenance = maintenance
         self._operations = operations
-        self._status = status
-        self._diagnose = diagnose
+        self._status = documents.status
+        self._diagnose = documents.diagnose
+        self._story = documents.story
         self._upkeep = upkeep
         self._fleet = fleet
 
@@ -82,11 +92,12 @@ class AdminApi:
 
     async def _add(self, request: Request) -> Response:
         options = request.json()
-        _known(options, {"name", "file_name", "shapes"})
+        _known(options, {"name", "file_name", "shapes", "accept_slower"})
         wanted = AddRequest(
             file_name=_text(options, "file_name") or "",
             name=_text(options, "name"),
             shapes=_shapes(options),
+            accept_slower=_flag(options, "accept_slower"),
         )
         (descriptor,) = request.take_descriptors(1)
         # Closed when the work is over and not before: its number would be given to something else, which then would
@@ -105,7 +116,7 @@ class AdminApi:
         model = self._store.document.models.get(name)
         if model is None:
             raise NotFoundError(f"model '{name}': no such model")
-        return json_response(describe_model(name, model))
+        return json_response(self._story(name, describe_model(name, model)))
 
     async def _remove(self, request: Request) -> Response:
         name, version = request.params["name"], request.options().get("version")
@@ -193,6 +204,13 @@ def _text(options: Mapping[str, Any], name: str) -> str | None:
     value = options.get(name)
     if value is not None and not isinstance(value, str):
         raise PeerError(f"cannot read request: '{name}' must be a text")
+    return value
+
+
+def _flag(options: Mapping[str, Any], name: str) -> bool:
+    value = options.get(name, False)
+    if not isinstance(value, bool):
+        raise PeerError(f"cannot read request: '{name}' must be true or false")
     return value
 
 

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -31,10 +32,12 @@ from agent.base.paths import Paths
 from agent.base.systemd import Handover, Notifier, adopt_sockets
 from agent.core import health, logs
 from agent.core.accelerators import Accelerators, probing
-from agent.core.admin_api import AdminApi
+from agent.core.admin_api import AdminApi, Documents
 from agent.core.cache_api import CacheApi
 from agent.core.device import look_at_device
 from agent.core.governing import Governing
+from agent.core.guarding import Guarding
+from agent.core.incoming_api import IncomingApi
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
 from agent.core.link_api import LinkApi, NoFleet
 from agent.core.measuring import Measuring
@@ -63,6 +66,7 @@ from agent.serve.server import Server
 from agent.store.document import CatalogDocument
 from agent.store.keys import DeviceKeys
 from agent.store.store import Store
+from agent.trust.desk import Desk
 
 if TYPE_CHECKING:
     from agent.core.fleet import Fleet
@@ -70,6 +74,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("edge_agent.core")
 #: By then a start is over: models reviewed, runtimes probed, the fleet told.
 _STARTED_S = 20.0
+#: For how long another thread may keep the interpreter while a request wants it: operations compute, too. Python's own
+#: 5 ms are several requests long, and a request wants it several times.
+_SWITCH_S = 0.0005
 #: One run of a golden example.
 _RECHECK_S = 60.0
 #: How often the process is weighed while models come and go, and how often freed memory is given back. Where it has to
@@ -97,6 +104,8 @@ class Core:
         self._rules = model_rules(config)
         self._fleet: Fleet | None = None
         self._no_fleet = NoFleet()
+        self._desk = Desk()
+        self._incoming = IncomingApi(self._desk, lambda: self.config.delivery)
 
     async def run(self) -> None:
         """Start, serve until told to stop, drain, stop. Raises AgentError when it cannot start."""
@@ -120,6 +129,7 @@ class Core:
     # -- building -----------------------------------------------------------------------------------------------------
 
     def _harden(self) -> None:
+        sys.setswitchinterval(_SWITCH_S)
         forbid_inspection()
         settle()
 
@@ -160,11 +170,22 @@ class Core:
         self._accelerators = Accelerators(lambda: self._engine, probing(self._operations.run, memory_mb, cpus))
         lose = self._accelerators.lose
         self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._give_back, lose)
-        self._measuring = Measuring(device, self._runtimes, self._store, lambda: self.config, self._operations.go_on)
-        self._show(self._store.document)
+        self._guarding = guarding = Guarding(
+            self._paths.state_dir,
+            self._store,
+            self._operations,
+            self._engine,
+            lambda: self.config.probation,
+            lambda: self._installer,
+            self._fleet_changed,
+        )
+        self._measuring = Measuring(
+            device, self._runtimes, self._store, lambda: self.config, self._operations.go_on, guarding.requests
+        )
         serving = Serving(
             show=lambda document: self._operations.on_loop(lambda: self._show(document)),
             load=self._load_now,
+            watcher=guarding.probations,
         )
         self._installer = Installer(
             self._store,
@@ -176,6 +197,8 @@ class Core:
             preparing=self._measuring.preparing,
             go_on=self._operations.go_on,
         )
+        guarding.probations.start()
+        self._show(self._store.document)
         self._reviews = Reviews(self._operations, self._installer.review, lambda: bool(self._store.document.models))
         self._maintenance = Maintenance(self._store, serving.show)
         self._upkeep = Upkeep(self._paths, lambda: self.config, self._operations, self._means, self._fleet_changed)
@@ -197,6 +220,9 @@ class Core:
             clock=clock,
             ask=self._ask,
             certificate_ends=lambda: self._fleet.certificate_ends if self._fleet is not None else None,
+            look=lambda go_on: self._fleet.look(go_on) if self._fleet is not None else None,
+            ran=self._guarding.quality.ran,
+            kept=self._guarding.quality.flush,
         )
 
     def _make_fleet(self) -> Fleet:
@@ -207,8 +233,11 @@ class Core:
             operations=self._operations,
             installer=self._installer,
             maintenance=self._maintenance,
+            watcher=self._guarding.probations,
             device=self._device,
             runtimes=self._runtimes,
+            view=self._measuring.view,
+            desk=self._desk,
             file_config=lambda: self._config,
             hold=self._hold,
             status=self._status,
@@ -217,6 +246,7 @@ class Core:
             figures=_figures,
             governor=self._governing.record,
             statistics=self._statistics,
+            quality=self._guarding.quality.short,
             unload_all=self._unload_all,
             restart=self.stop,
             reboot=self._request_reboot,
@@ -240,15 +270,16 @@ class Core:
             labels=self._engine.labels,
             metrics=[self._socket_metrics, self._governing.metrics],
             caches=self._engine.caches,
+            feedback=self._guarding.quality,
         )
+        self._guarding.attach(inference)
         self._infer = Server(RouteTable(inference.routes()), limits)
         api = AdminApi(
             self._store,
             self._installer,
             self._maintenance,
             self._operations,
-            self._status,
-            self._diagnose,
+            Documents(self._status, self._diagnose, self._guarding.story),
             self._upkeep,
             lambda: self._fleet,
         )
@@ -256,7 +287,8 @@ class Core:
         kept = CacheApi(
             engine.caches, engine.hottest, engine.clear_cache, lambda name: name in self._store.document.models
         )
-        rows = [*api.routes(), *kept.routes(), *LinkApi(lambda: self._fleet or self._no_fleet).routes()]
+        link = LinkApi(lambda: self._fleet or self._no_fleet)
+        rows = [*api.routes(), *kept.routes(), *link.routes(), *self._incoming.routes()]
         self._admin = admin_server(rows, link_uid=uid_of(config.sockets.link_user), limits=_ADMIN_LIMITS)
         passed = adopt_sockets(self._handover.descriptors, {"infer", "admin"})
         for name, server, path, group in (
@@ -280,6 +312,7 @@ class Core:
             _LOG.warning("profile ignored: %s", problem)
         self._upkeep.start()
         self._governing.start()
+        self._incoming.start()
         if self._fleet is not None:
             self._fleet.start()
         took = time.monotonic() - self._started
@@ -301,15 +334,19 @@ class Core:
         if hasattr(self, "_upkeep"):
             self._reviews.stop()
             self._upkeep.stop()
+            self._guarding.stop()
         if hasattr(self, "_governing"):
             self._accelerators.stop()
             self._governing.stop()
         if self._fleet is not None:
             self._fleet.stop()
+        self._incoming.stop()
         self._operations.stop()  # first, or the admin socket would drain for as long as a trial lasts
         servers = [server for server in (getattr(self, "_infer", None), getattr(self, "_admin", None)) if server]
         await asyncio.gather(*(server.drain(self._config.server.drain_s) for server in servers))
         await self._operations.close()
+        if hasattr(self, "_guarding"):
+            self._guarding.close()
         if self._fleet is not None:
             self._fleet.close()
         self.all_ended = await self._engine.close()
@@ -348,6 +385,7 @@ class Core:
         self._engine.put(
             shelf_from(document, self._store.read, self._device.threads, self._measuring.form_key, self._models_set)
         )
+        self._guarding.shown(document)
 
     def _load_now(self, model: str, version: str) -> None:
         self._operations.await_on_loop(self._engine.preload(model, version))
@@ -377,6 +415,7 @@ class Core:
         self._rules.replace(model_rules(config))
         self._upkeep.reload()
         self._governing.reload()
+        self._incoming.wake()
         if config.models != self._models_set:
             self._put(self._store.document, config)
             self._reviews.start()  # joining requests is tried where it is wanted now
@@ -421,6 +460,7 @@ class Core:
             *health.check_store(self._store),
             *self._accelerators.findings(),
             *self._governing.findings(),
+            *self._guarding.findings(),
         ]
         return found if self._fleet is None else [*found, *self._fleet.findings()]
 
@@ -438,6 +478,7 @@ class Core:
             "models": self._engine.index(),
             "loaded": self._engine.loaded(),
             "cascades": self._engine.cascades(),
+            "probation": self._guarding.probations.status(),
             "memory": self._engine.memory(),
             "caches": self._engine.caches(),
             "process": _figures(),
@@ -462,6 +503,7 @@ class Core:
             lambda: health.check_clock(time.gmtime().tm_year),
             self._accelerators.findings,
             self._governing.findings,
+            self._guarding.findings,
             lambda: self._fleet.findings() if self._fleet is not None else [],
         ]
         findings: list[health.Finding] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from agent.hardware.facts import Facts
@@ -21,8 +21,10 @@ def fleet_facts(facts: Facts, profile: Profile, problems: Sequence[str]) -> dict
     return {key: value for key, value in found.items() if key not in _LEFT_OUT}
 
 
-def reported_models(catalog: CatalogDocument) -> list[dict[str, Any]]:
-    """One row a model: which version answers, by which variant, and what else is installed."""
+def reported_models(
+    catalog: CatalogDocument, quality: Callable[[str, str], dict[str, Any]] = lambda model, version: {}
+) -> list[dict[str, Any]]:
+    """One row a model: which version answers, by which variant, how well, and what else is installed."""
     rows = []
     for name, model in sorted(catalog.models.items()):
         entry = model.versions.get(model.active or "")
@@ -35,6 +37,7 @@ def reported_models(catalog: CatalogDocument) -> list[dict[str, Any]]:
                 "chosen": entry.chosen if entry else None,
                 "damaged": list(entry.damaged) if entry else [],
                 "versions": sorted(model.versions)[:16],
+                **{what: value for what, value in quality(name, model.active or "").items() if value is not None},
             }
         )
     return rows

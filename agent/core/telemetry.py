@@ -178,6 +178,7 @@ def models_record(document: Mapping[str, Any]) -> dict[str, Any] | None:
                     "mean_ms": round(stats["success"]["ns"] / count / 1e6, 3) if count else None,
                     "queue_ms": round(stats["queue"]["ns"] / count / 1e6, 3) if count else None,
                     "compute_ms": round(stats["compute_infer"]["ns"] / count / 1e6, 3) if count else None,
+                    **({"feedback": row["feedback_stats"]} if "feedback_stats" in row else {}),
                 }
             )
     rows.sort(key=lambda row: -row["answered"])

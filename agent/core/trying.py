@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from agent.base.clock import SystemClock
 from agent.base.config import SelectionConfig
+from agent.core.measuring import NO_REQUESTS, Requests
 from agent.hardware.energy import EnergyMeter
 from agent.hardware.sensors import read_sensors
 from agent.infer.children import ChildError, ChildLimits, ChildProcess
@@ -75,7 +76,12 @@ def try_once(option: Option, memory_mb: int, cpus: Sequence[int], go_on: Callabl
 
 
 def make_chooser(
-    device: DeviceView, open_blob: OpenBlob, selection: SelectionConfig, go_on: Callable[[], None]
+    device: DeviceView,
+    open_blob: OpenBlob,
+    selection: SelectionConfig,
+    go_on: Callable[[], None],
+    requests: Requests = NO_REQUESTS,
+    max_latency_ratio: float = 1.5,
 ) -> VariantChooser:
     """Chooses by measuring on this machine. ``go_on`` raises when a trial is to be given up."""
     settings = TrialSettings(
@@ -85,15 +91,18 @@ def make_chooser(
         timeout_s=selection.trial_timeout_s,
         memory_mb=None if selection.trial_memory_mb == "auto" else selection.trial_memory_mb,
         quarantine_after=selection.quarantine_after,
+        max_latency_ratio=max_latency_ratio,
     )
-    return VariantChooser(device, open_blob, settings, _surroundings(go_on))
+    return VariantChooser(device, open_blob, settings, _surroundings(go_on, requests))
 
 
-def _surroundings(go_on: Callable[[], None]) -> Surroundings:
+def _surroundings(go_on: Callable[[], None], requests: Requests = NO_REQUESTS) -> Surroundings:
     return Surroundings(
         clock=SystemClock(),
         throttled=lambda: read_sensors().throttled_now,
         energy_j=EnergyMeter(),
         wait=time.sleep,
+        spans=requests.spans,
+        watch=requests.watch,
         go_on=go_on,
     )

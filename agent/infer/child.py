@@ -42,14 +42,14 @@ class Bench:
     made_up: bool
     cursor: int = 0
 
-    def run_next(self) -> float:
-        """One run on the next example: seconds."""
+    def run_next(self) -> tuple[float, float]:
+        """One run on the next example: when it began (``perf_counter``, the same clock in all processes), seconds."""
         example = self.examples[self.cursor % len(self.examples)]
         self.cursor += 1
         names = [spec.name for spec in self.session.outputs]
         start = time.perf_counter()
         self.session.run(example, names)
-        return time.perf_counter() - start
+        return start, time.perf_counter() - start
 
 
 def alike(left: NDArray[Any], right: NDArray[Any], tolerance: float) -> bool:
@@ -152,18 +152,21 @@ class Child:
         return {"agreement": value if math.isfinite(value) else None, "examples": golden.count}
 
     def round(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Timed runs for about ``seconds``, at least ``least`` of them: every time in ms."""
+        """Timed runs for about ``seconds``, at least ``least`` of them: every time in ms, and when each began."""
         bench = self._loaded()
         end = time.perf_counter() + request["seconds"]
         times: list[float] = []
+        began: list[float] = []
         try:
             while len(times) < request["least"] or (time.perf_counter() < end and len(times) < request["most"]):
-                times.append(bench.run_next() * 1e3)
+                at, took = bench.run_next()
+                began.append(at)
+                times.append(took * 1e3)
         except PeerError as error:
             if not bench.made_up:
                 raise
-            return {"times": [], "note": str(error)}
-        return {"times": times}
+            return {"times": [], "began": [], "note": str(error)}
+        return {"times": times, "began": began}
 
     def memory(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Peak resident memory since just before the load, in MB: weights, arenas and outputs."""

@@ -4,6 +4,9 @@ A child is started by exec (never fork: it would inherit the keys), gets its fil
 of its own, and is killed when it outlasts a deadline or outgrows its memory. It runs only while it is asked something:
 between an answer and the next request it is stopped, so that it neither disturbs others nor grows unseen. Whatever a
 child does ends as a ``ChildError`` with a kind; nothing of it can block or crash the caller.
+
+It has the lowest priority that there is. So one that is slow to answer may be one that others leave no time: it hangs
+only when it has had half of its time, or waits for something else than a processor, or is late many times over.
 """
 
 from __future__ import annotations
@@ -28,6 +31,10 @@ _POLL_S = 0.05
 #: For the start of a child to become visible; it takes microseconds.
 _WATCH_S = 2.0
 _MAX_ANSWER_BYTES = 4 * _MB
+#: How many times over a child may be late to which others leave no time.
+_PATIENCE = 10
+#: linux/posix-timers.h
+_CPUCLOCK_SCHED = 2
 #: Threads of numpy's and the runtime's pools: some for each core, and those that keep house.
 _MAX_THREADS = 64 + 4 * (os.cpu_count() or 1)
 #: Fields of proc(5)'s status whose memory is the process's own: pages of no file, pages of memory files and shared
@@ -36,7 +43,10 @@ _OWN_MEMORY = (b"RssAnon", b"RssShmem", b"VmSwap", b"VmPTE")
 #: What an interpreter with numpy and a runtime reserves besides the model: thread stacks, arenas, tables.
 _RESERVED_MB = 1024
 _ROOT = Path(__file__).resolve().parents[2]
-_BOOT = "import sys; sys.path[:0] = [{root!r}]; from {module} import main; main()"
+_BOOT = (
+    "import sys; sys.path[:0] = [{root!r}]; from agent.infer.yielding import yield_to_others; yield_to_others(); "
+    "from {module} import main; main()"
+)
 #: Libraries of an accelerator may be found only through these.
 _KEPT_ENVIRONMENT = ("LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "LANG", "LC_ALL")
 
@@ -103,7 +113,6 @@ class ChildProcess:
                 stderr=subprocess.PIPE,
                 env=_environment(),
                 cwd="/",
-                start_new_session=True,
             )
         except OSError as error:
             ours.close()
@@ -163,9 +172,10 @@ class ChildProcess:
             self._process.stderr.close()
 
     def _receive(self, timeout_s: float, doing: str) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout_s
+        begun, used = time.monotonic(), self._used_s()
+        deadline = begun + timeout_s
         while (end := self._buffer.find(b"\n")) < 0:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not self._is_starved(begun, used, timeout_s):
                 self.close()
                 raise ChildError("hung", f"hung: no answer to '{doing}' within {timeout_s:.0f} s")
             self._require_within_limits(doing)
@@ -231,6 +241,23 @@ class ChildProcess:
         fields = dict(line.split(b":", 1) for line in lines if b":" in line)
         held_kb = sum(int(fields[name].split()[0]) for name in _OWN_MEMORY if name in fields)
         return held_kb, int(fields.get(b"Threads", b"0"))
+
+    def _is_starved(self, begun: float, used: float, timeout_s: float) -> bool:
+        """Whether it would run and may not: others have the processors."""
+        if time.monotonic() > begun + _PATIENCE * timeout_s or self._used_s() - used > timeout_s / 2:
+            return False
+        try:
+            lines = os.pread(self._status, 1 << 16, 0).splitlines()
+        except OSError:
+            return False
+        return any(line.startswith(b"State:\tR") for line in lines)
+
+    def _used_s(self) -> float:
+        """Processor time of the process, by its own clock: clock_getcpuclockid(3) makes the number so."""
+        try:
+            return time.clock_gettime((~self.pid << 3) | _CPUCLOCK_SCHED)
+        except OSError:
+            return float("inf")
 
     def _ended(self, doing: str) -> ChildError:
         """Why the child is gone: its signal or status."""

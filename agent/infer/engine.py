@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -84,6 +84,8 @@ class Engine:
         self._unfit: dict[str, str] = {}  # why requests are not joined, by the digest of the option
         self._cascading = Cascading(self._answer, self._standing.hurried)
         self._closing = False
+        #: Told when a request is about to run: whatever runs aside shall end.
+        self.give_way: Callable[[], None] | None = None
 
     # -- what there is ------------------------------------------------------------------------------------------------
 
@@ -196,7 +198,7 @@ class Engine:
                 resident=self._standing.now,
                 touched=touched,
                 replay=lambda served, request: self._answer(served, request, time.monotonic() + _REPLAY_S, NO_WISHES),
-                idle=lambda: not self._waiting and self._runners.idle,
+                idle=lambda: self.idle,
                 reserve=self._loader.reserve,
                 budget_mb=lambda: self._limits.budget_mb,
             )
@@ -221,9 +223,9 @@ class Engine:
         """The repository API's ``load``, with the parameters ``keep_alive`` and ``pin``."""
         await self.preload(name, None, deadline, wishes_of(parameters))
 
-    def preload_soon(self, name: str) -> None:
-        """Load the active version when there is room to spare, or at least decrypt it. NotFoundError."""
-        self._standing.preload(self._shelf.find(name))
+    def preload_soon(self, name: str, version: str | None = None) -> None:
+        """Load that version, or the active one, when there is room to spare, or at least decrypt it. NotFoundError."""
+        self._standing.preload(self._shelf.find(name, version))
 
     def unload(self, name: str) -> int:
         """Drop the model from memory; it comes back at the next request. Returns how many sessions there were."""
@@ -309,7 +311,25 @@ class Engine:
                 self._standing.lose(resident.option, str(error))
         if self._caching is not None:
             self._caching.give_way()
+        if self.give_way is not None:
+            self.give_way()
         return self._answer(served, request, deadline, wishes)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody runs, or waits to."""
+        return not self._waiting and self._runners.idle
+
+    def is_hot(self, name: str, version: str) -> bool:
+        """Whether a session of that version is in memory."""
+        served = self._shelf.versions.get((name, version))
+        return served is not None and self._standing.now(served) is not None
+
+    def aside(
+        self, name: str, version: str, request: InferRequest, deadline: float
+    ) -> Coroutine[Any, Any, InferResponse]:
+        """An answer that nobody waits for: it is not kept."""
+        return self._answer(self._shelf.find(name, version), request, deadline, NO_WISHES)
 
     def _run_on_loop(self, resident: Resident, request: InferRequest) -> InferResponse:
         """One run on this thread. DeadlineError when it held the loop up; its session is dropped then."""

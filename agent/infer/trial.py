@@ -2,7 +2,8 @@
 
 Round *i* runs on every candidate within the same short while, in an order that rotates, so that drift of the machine
 falls on all alike. Halfway each candidate gets a fresh process: where its memory and code come to lie differs from
-process to process, and that difference must show as noise, not as speed. Nothing is timed while the device throttles.
+process to process, and that difference must show as noise, not as speed. Nothing is timed while the device throttles,
+and runs during which the device served a request do not count.
 
 A candidate that crashes, hangs, outgrows its memory, does not load or disagrees becomes a rejected ``Measurement``.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +22,8 @@ from agent.infer import answers
 from agent.infer.children import ChildError, ChildLimits, ChildProcess
 from agent.selection.measurements import Failure, Measurement, MeasurementKey
 
+#: Rounds that nothing disturbed; where there are fewer, all of them count.
+_LEAST_CLEAR = 3
 _FAILURES: dict[str, Failure] = {"crashed": "crash", "hung": "hang", "memory": "memory", "refused": "error"}
 
 
@@ -34,13 +38,17 @@ class OpenModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Entrant:
-    """A candidate that takes part: how to load it and where its bytes come from."""
+    """A candidate that takes part: how to load it and where its bytes come from.
+
+    ``beside``: it is no candidate, but there to be compared with: how it agrees is noted, and rejects nothing.
+    """
 
     id: str
     key: MeasurementKey
     open_model: Callable[[], OpenModel]
     devices: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,9 @@ class Surroundings:
     energy_j: Callable[[], float | None] = lambda: None
     wait: Callable[[float], None] = lambda seconds: None
     progress: Callable[[Mapping[str, Any]], None] = lambda event: None
+    #: When requests ran between two moments of ``perf_counter``; kept between ``watch(True)`` and ``watch(False)``.
+    spans: Callable[[float, float], Sequence[tuple[float, float]]] = lambda begin, end: ()
+    watch: Callable[[bool], None] = lambda on: None
     #: Asked again and again, also while a child works: what it raises ends the trial and its children.
     go_on: Callable[[], None] = lambda: None
 
@@ -95,6 +106,8 @@ class _Contest:
     peak_mb: float | None = None
     agreement: float | None = None
     rounds: list[list[float] | None] = field(default_factory=list)
+    #: The same with what ran while a request did: for where too little else is left.
+    disturbed: list[list[float] | None] = field(default_factory=list)
     joules: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rejection: tuple[Failure, str] | None = None
@@ -119,21 +132,37 @@ class Trial:
 
     def run(self, still_needed: StillNeeded) -> list[Measurement]:
         """Measure every entrant: one measurement each, in order. ``still_needed`` says who runs the next round."""
+        self._around.watch(True)
         try:
-            for contest in self._contests:
-                self._around.progress({"stage": "try", "candidate": contest.entrant.id})
-                self._enter(contest)
+            self._enter_all()
             self._rounds(still_needed)
             return self.measurements()
         finally:
-            for contest in self._contests:
-                self._leave(contest)
+            self._leave_all()
+            self._around.watch(False)
+
+    def check(self) -> list[Measurement]:
+        """Load every entrant and hold it against the golden set; nothing is timed."""
+        try:
+            self._enter_all()
+            return self.measurements()
+        finally:
+            self._leave_all()
 
     def measurements(self) -> list[Measurement]:
         """What has been measured so far."""
         return [self._measurement(contest) for contest in self._contests]
 
     # -- entering: load and check ---------------------------------------------------------------------------------
+
+    def _enter_all(self) -> None:
+        for contest in self._contests:
+            self._around.progress({"stage": "try", "candidate": contest.entrant.id})
+            self._enter(contest)
+
+    def _leave_all(self) -> None:
+        for contest in self._contests:
+            self._leave(contest)
 
     def _enter(self, contest: _Contest) -> None:
         """First load of a candidate, its golden check and its memory; rejects with the reason."""
@@ -154,6 +183,9 @@ class Trial:
         if plan.open_golden is None:
             return
         value = answers.optional_number(answer, "agreement")
+        if contest.entrant.beside:
+            contest.agreement = value
+            return
         if value is None:
             reason = answers.text(answer, "disagrees") or "its answers are not finite numbers"
             contest.rejection = ("disagreement", f"disagrees with the golden set: {reason}"[:300])
@@ -202,7 +234,9 @@ class Trial:
         contest.load_ms = load_ms if contest.load_ms is None else min(contest.load_ms, load_ms)
         if (taken := answers.text(answer, "provider")) != key.provider:
             contest.rejection = ("load", f"asked for {key.provider}, the runtime took {taken}")
-        if reason := plan.departs(answers.tensors(answer, "inputs"), answers.tensors(answer, "outputs")):
+        if not entrant.beside and (
+            reason := plan.departs(answers.tensors(answer, "inputs"), answers.tensors(answer, "outputs"))
+        ):
             contest.rejection = ("load", reason)
         return child
 
@@ -236,6 +270,7 @@ class Trial:
                 for contest in resting if alive else ():
                     self._leave(contest)
                     contest.rounds.append(None)
+                    contest.disturbed.append(None)
             if not alive:
                 return
             if done and done % (plan.least_rounds // 2) == 0:
@@ -253,7 +288,7 @@ class Trial:
         with self._rejecting(contest):
             child = contest.child or self._start(contest)
             if contest.rejection is None:
-                before = self._around.energy_j()
+                before, began = self._around.energy_j(), time.perf_counter()
                 answer = child.call(
                     "round", plan.run_timeout_s, seconds=plan.round_s, least=plan.least_runs, most=plan.most_runs
                 )
@@ -261,10 +296,13 @@ class Trial:
                 times = answers.numbers(answer, "times", max(plan.least_runs, plan.most_runs))
                 if note := answers.text(answer, "note"):
                     contest.notes.append(f"made-up inputs were refused: {note}"[:300])
+                spans = self._around.spans(began, time.perf_counter())
+                clear = apart(times, answers.numbers(answer, "began", len(times)), spans)
                 # A round that met throttling tells of the heat, not of the candidate.
                 spoiled = self._around.throttled() is True
-                contest.rounds.append(times if times and not spoiled else None)
-                if before is not None and after is not None and times and after > before:
+                contest.rounds.append(clear if clear and not spoiled else None)
+                contest.disturbed.append(times if times and not spoiled else None)
+                if before is not None and after is not None and times and not spans and after > before:
                     contest.joules.append((after - before) / len(times))
             if self._held_mb() > plan.headroom_mb:
                 self._leave(contest)
@@ -294,6 +332,19 @@ class Trial:
         if contest.joules:
             ordered = sorted(contest.joules)
             common |= {"joules": ordered[len(ordered) // 2], "energy_source": "measured"}
-        if any(contest.rounds):
-            return Measurement.from_samples(entrant.id, entrant.key, self._session, contest.rounds, **common)
+        rounds = contest.rounds
+        if sum(map(bool, rounds)) < _LEAST_CLEAR < sum(map(bool, contest.disturbed)):
+            rounds = contest.disturbed
+            common["notes"] = (*common["notes"], "measured while requests ran")
+        if any(rounds):
+            return Measurement.from_samples(entrant.id, entrant.key, self._session, rounds, **common)
         return Measurement(entrant.id, entrant.key, session=self._session, **common)
+
+
+def apart(times: Sequence[float], began: Sequence[float], spans: Sequence[tuple[float, float]]) -> list[float]:
+    """The times (ms) of those runs that no span touches. ``began`` and spans in seconds of the same clock."""
+    return [
+        took
+        for took, at in zip(times, began, strict=False)
+        if not any(start < at + took / 1e3 and end > at for start, end in spans)
+    ]

@@ -13,8 +13,9 @@ from typing import Any
 from agent.bundles.manifest import Manifest, Policy, TensorSpec
 from agent.infer.tensors import fits
 from agent.infer.trial import Surroundings, Trial, TrialPlan
-from agent.operations.entering import entrant_of, judged
-from agent.operations.measured import Choice, DeviceView, Known, Progress, key_on, runtimes_for
+from agent.operations.comparing import Bounds, compared, recorded, same_inputs, same_signature
+from agent.operations.entering import beside_entrant, chosen_entrant, entrant_of, judged
+from agent.operations.measured import Active, Choice, DeviceView, Known, Progress, key_on, outdated, runtimes_for
 from agent.operations.shelving import OpenBlob
 from agent.selection.choice import Decision, choose, contenders, more_rounds_needed
 from agent.selection.explanation import explain
@@ -39,6 +40,18 @@ class TrialSettings:
     timeout_s: float
     memory_mb: int | None
     quarantine_after: int = 3
+    max_latency_ratio: float = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Trying:
+    """What is tried, and how it may be."""
+
+    manifest: Manifest
+    blobs: Mapping[str, BlobRef]
+    shapes: Mapping[str, list[int]]
+    headroom_mb: int
+    progress: Progress
 
 
 class VariantChooser:
@@ -65,80 +78,138 @@ class VariantChooser:
         quarantine = QuarantineState.from_json(dict(known.quarantine))
         keys = {
             candidate.id: key_on(device, candidate, inventory, manifest)
-            for candidate in (v.candidate for v in self._verdicts(manifest, inventory, headroom, {}))
+            for candidate in (v.candidate for v in self._verdicts(manifest, blobs, inventory, headroom, {}))
         }
         dead = {
             name: reason
             for name, key in keys.items()
             if (reason := quarantine.reason(name, key, self._settings.quarantine_after))
         }
-        verdicts = self._verdicts(manifest, inventory, headroom, dead)
+        verdicts = self._verdicts(manifest, blobs, inventory, headroom, dead)
         priors = rank_by_prior(accepted(verdicts), device.facts, device.profile)
-        measurements = self._measure(manifest, blobs, priors, keys, known, shapes, headroom, progress)
+        trying = _Trying(manifest, blobs, shapes, headroom, progress)
+        measurements, beside = self._measure(trying, priors, keys, known)
         decision = choose(manifest.policy, measurements, priors)
-        document = explain(manifest, verdicts, priors, decision, device.facts, device.profile)
+        document = {
+            "order": _order(decision),
+            "explain": explain(manifest, verdicts, priors, decision, device.facts, device.profile),
+            "runtimes": runtimes_for(manifest, inventory),
+        }
+        chosen, why, hint = decision.winner, _why_not(decision, verdicts), _hint(verdicts, inventory, device)
+        if chosen is not None and known.active is not None:
+            winner = next(m for m in measurements if m.candidate_id == chosen)
+            record = document["beside"] = self._compared(trying, winner, known.active, beside)
+            if record["worse"]:
+                chosen, why, hint = None, record["worse"], record["mend"]
         return Choice(
-            chosen=decision.winner,
-            document={
-                "order": _order(decision),
-                "explain": document,
-                "runtimes": runtimes_for(manifest, inventory),
-            },
+            chosen=chosen,
+            document=document,
             measurements={m.candidate_id: m.to_json() for m in measurements},
             quarantine=_counted(quarantine, measurements).to_json(),
-            why=_why_not(decision, verdicts),
-            hint=_hint(verdicts, inventory, device),
+            why=why,
+            hint=hint,
         )
 
+    def _compared(
+        self, trying: _Trying, winner: Measurement, active: Active, beside: Measurement | None
+    ) -> dict[str, Any]:
+        """The winner held against the active version, with what was measured together or else what is recorded."""
+        bounds = Bounds(self._settings.max_latency_ratio, self._device.budget_mb)
+        if beside is None or not beside.ok or beside.p50_ms is None:
+            entry, device = active.entry, self._device
+            known = Known(entry.measurements)
+            holds = not outdated(device, entry.manifest, known, entry.chosen)
+            beside = recorded(entry.measurements.get(entry.chosen or "")) if holds else None
+        agreement = self._agreement_before(trying, winner, active) if beside is not None else None
+        return compared(trying.manifest, winner, active, beside, bounds, agreement)
+
+    def _agreement_before(self, trying: _Trying, winner: Measurement, active: Active) -> float | None:
+        """How the winner agrees with the golden set of the active version, where it can be asked."""
+        old = active.entry.manifest
+        if old.golden is None or not winner.agreement_metric or not same_signature(old, trying.manifest):
+            return None
+        if trying.manifest.golden is not None and old.golden.file.sha256 == trying.manifest.golden.file.sha256:
+            return winner.agreement
+        entrant = chosen_entrant(self._device, winner.candidate_id, trying.manifest, trying.blobs, self._open)
+        plan = judged(self._plan(trying), old, active.entry.blobs, self._open)
+        (seen,) = Trial([replace(entrant, beside=True)], plan, replace(self._around, progress=trying.progress)).check()
+        return seen.agreement
+
     def _verdicts(
-        self, manifest: Manifest, inventory: RuntimeInventory, headroom: int, dead: Mapping[str, str]
+        self,
+        manifest: Manifest,
+        blobs: Mapping[str, BlobRef],
+        inventory: RuntimeInventory,
+        headroom: int,
+        dead: Mapping[str, str],
     ) -> tuple[Verdict, ...]:
         device = self._device
-        return candidates(manifest, device.facts, device.profile.providers, inventory, headroom, dead)
+        found = candidates(manifest, device.facts, device.profile.providers, inventory, headroom, dead)
+        return tuple(_if_here(verdict, manifest, blobs) for verdict in found)
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
     def _measure(
-        self,
-        manifest: Manifest,
-        blobs: Mapping[str, BlobRef],
-        priors: Sequence[Prior],
-        keys: Mapping[str, MeasurementKey],
-        known: Known,
-        shapes: Mapping[str, list[int]],
-        headroom: int,
-        progress: Progress,
-    ) -> list[Measurement]:
-        """Trials of the best candidates by prior, and while none of them can answer, of the next best.
+        self, trying: _Trying, priors: Sequence[Prior], keys: Mapping[str, MeasurementKey], known: Known
+    ) -> tuple[list[Measurement], Measurement | None]:
+        """Trials of the best candidates by prior, and while none of them can answer, of the next best; and what the
+        active version did beside them.
 
         What was measured before counts when that holds for all that would be tried: figures of different sessions
         cannot be compared closely.
         """
         waiting, most = spread(priors), self._settings.candidates
         measured: list[Measurement] = []
+        beside: Measurement | None = None
         while waiting and not any(measurement.ok for measurement in measured):
             tried, waiting = waiting[:most], waiting[most:]
             kept = [_kept(known.measurements.get(candidate.id), keys[candidate.id]) for candidate in tried]
             valid = [measurement for measurement in kept if measurement is not None]
-            if len(valid) == len(tried) and not shapes:
+            if len(valid) == len(tried) and not trying.shapes:
                 measured += valid
                 continue
-            plan = self._plan(manifest, blobs, shapes, headroom)
-            entrants = [entrant_of(candidate, keys[candidate.id], manifest, blobs, self._open) for candidate in tried]
-            trial = Trial(entrants, plan, replace(self._around, progress=progress))
-            seen = trial.run(lambda *state: _still_needed(manifest.policy, priors, *state))
+            seen, beside = self._try(trying, tried, priors, keys, known.active)
             measured += [self._with_energy(measurement) for measurement in seen]
-        return measured
+        return measured, beside
 
-    def _plan(
-        self, manifest: Manifest, blobs: Mapping[str, BlobRef], shapes: Mapping[str, list[int]], headroom: int
-    ) -> TrialPlan:
-        settings = self._settings
+    def _try(
+        self,
+        trying: _Trying,
+        tried: Sequence[Candidate],
+        priors: Sequence[Prior],
+        keys: Mapping[str, MeasurementKey],
+        active: Active | None,
+    ) -> tuple[list[Measurement], Measurement | None]:
+        """One trial: of the candidates, and of what answers now where it takes the same inputs."""
+        manifest = trying.manifest
+        entrants = [
+            entrant_of(candidate, keys[candidate.id], manifest, trying.blobs, self._open) for candidate in tried
+        ]
+        other = None
+        if active is not None and same_inputs(active.entry.manifest, manifest):
+            other = beside_entrant(self._device, active, self._open)
+        trial = Trial(
+            [*entrants, *([other] if other else [])],
+            self._plan(trying),
+            replace(self._around, progress=trying.progress),
+        )
+        count = len(entrants)
+        beside_id = {other.id} if other else set()
+
+        def still_needed(seen: Sequence[Measurement], done: int, most: int) -> Collection[str]:
+            needed = _still_needed(manifest.policy, priors, seen[:count], done, most)
+            return {*needed, *beside_id} if needed else ()
+
+        seen = trial.run(still_needed)
+        return seen[:count], seen[count] if other else None
+
+    def _plan(self, trying: _Trying) -> TrialPlan:
+        settings, manifest, headroom = self._settings, trying.manifest, trying.headroom_mb
         plan = TrialPlan(
             memory_mb=min(settings.memory_mb or headroom, headroom),
             headroom_mb=headroom,
             cpus=self._device.cpus,
-            shapes=shapes,
+            shapes=trying.shapes,
             least_rounds=settings.least_rounds,
             most_rounds=settings.most_rounds,
             load_timeout_s=settings.timeout_s,
@@ -146,7 +217,7 @@ class VariantChooser:
             run_timeout_s=settings.timeout_s,
             departs=lambda inputs, outputs: departure(manifest, inputs, outputs),
         )
-        return judged(plan, manifest, blobs, self._open)
+        return judged(plan, manifest, trying.blobs, self._open)
 
     def _with_energy(self, measurement: Measurement) -> Measurement:
         """Joules estimated from the profile's watts where no sensor told."""
@@ -155,6 +226,13 @@ class VariantChooser:
             return measurement
         joules = estimated_joules(watts, measurement.p50_ms)
         return replace(measurement, joules=joules, energy_source="estimated")
+
+
+def _if_here(verdict: Verdict, manifest: Manifest, blobs: Mapping[str, BlobRef]) -> Verdict:
+    """Of a version from the repository only some variants are fetched."""
+    if manifest.variant(verdict.candidate.variant_id).file.name in blobs:
+        return verdict
+    return replace(verdict, accepted=False, reasons=(*verdict.reasons, "its file was not fetched"))
 
 
 def spread(priors: Sequence[Prior]) -> list[Candidate]:

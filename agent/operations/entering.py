@@ -8,7 +8,7 @@ from dataclasses import replace
 from agent.bundles.agreement import passes
 from agent.bundles.manifest import Manifest
 from agent.infer.trial import Entrant, TrialPlan
-from agent.operations.measured import DeviceView, key_on
+from agent.operations.measured import Active, DeviceView, key_on
 from agent.operations.shelving import OpenBlob
 from agent.selection.measurements import MeasurementKey
 from agent.selection.rules import Candidate, candidate_of
@@ -39,6 +39,19 @@ def chosen_entrant(
     variant_id, _, provider = chosen.partition("@")
     candidate = candidate_of(manifest.variant(variant_id), provider)
     return entrant_of(candidate, key_on(device, candidate, device.inventory(), manifest), manifest, blobs, open_blob)
+
+
+def beside_entrant(device: DeviceView, active: Active, open_blob: OpenBlob) -> Entrant | None:
+    """What answers now, to run beside the candidates of another version; None where it cannot."""
+    entry, chosen = active.entry, active.entry.chosen
+    if chosen is None:
+        return None
+    variant_id, _, _ = chosen.partition("@")
+    file = entry.manifest.variant(variant_id).file.name
+    if file not in entry.blobs or file in entry.damaged:
+        return None
+    entrant = chosen_entrant(device, chosen, entry.manifest, entry.blobs, open_blob)
+    return replace(entrant, id=f"{active.version} {chosen}", beside=True)
 
 
 def plan_for_one(

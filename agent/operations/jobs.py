@@ -14,10 +14,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
-from agent.base.errors import ConflictError, DamagedError, NotFoundError, PeerError
+from agent.base.errors import ConflictError, DamagedError, NotFoundError, PeerError, UnsupportedError
 from agent.base.files import read_bounded
 from agent.operations.install import Installer
 from agent.operations.maintain import Maintenance
+from agent.operations.origin import Origin
+from agent.operations.probation import UNWATCHED, Case, Watcher, mark
+from agent.operations.probation import steps as probation_steps
 from agent.store.document import CatalogDocument, ModelEntry
 from agent.store.store import Store
 from agent.work.steps import Handler, RestartPending, Step, Turn
@@ -68,6 +71,9 @@ class Around:
     reboot: Callable[[], None]
     #: Withdraws a request to reboot that nobody has followed yet.
     stay: Callable[[], None]
+    watcher: Watcher = UNWATCHED
+    #: Where published versions come from; None where nobody brings any.
+    origin: Origin | None = None
 
 
 #: Checked arguments, by name.
@@ -92,8 +98,14 @@ def _is_names(value: Any) -> bool:
 
 
 _TEXT = _Field(lambda value: isinstance(value, str), "a text")
+_FLAG = _Field(lambda value: isinstance(value, bool), "true or false", False)
 _MODEL = {"model": _TEXT}
 _VERSION = {"model": _TEXT, "version": _TEXT}
+_INSTALL = {
+    **_VERSION,
+    "accept_slower": _FLAG,
+    "grants": _Field(lambda value: isinstance(value, dict), "an object", {}),
+}
 _REMOVE = {"model": _TEXT, "version": _Field(lambda value: value is None or isinstance(value, str), "a text", None)}
 _PIN = {"model": _TEXT, "pinned": _Field(lambda value: isinstance(value, bool), "true or false", True)}
 _CONFIG = {"config": _Field(lambda value: isinstance(value, dict), "an object")}
@@ -128,7 +140,7 @@ class Jobs:
             "ping": ({}, lambda args: [Step("ping", "accepted", lambda turn: {"pong": True})]),
             "logs.tail": (_LINES, self._tail),
             "diagnostics.collect": ({}, self._collect),
-            "model.install": (_VERSION, self._install),
+            "model.install": (_INSTALL, self._install),
             "model.activate": (_VERSION, self._activate),
             "model.rollback": (_MODEL, self._rollback),
             "model.pin": (_PIN, self._pin),
@@ -148,7 +160,20 @@ class Jobs:
     # -- models ---------------------------------------------------------------------------------------------------
 
     def _install(self, args: _Args) -> list[Step]:
-        """A version that is on the device already: verify it, try it where that is needed, let it answer."""
+        """With grants a published version is fetched; without, it is on the device already. Then it is to answer."""
+        if not args.grants:
+            return [*self._verified(args), *self._let_answer(args)]
+        from agent.operations.delivered import Asked, Installation, parse_grants  # noqa: PLC0415 - most fetch nothing
+
+        around = self._around
+        asked = Asked(args.model, args.version, parse_grants(args.grants), args.accept_slower)
+        if around.origin is None:
+            raise UnsupportedError("cannot install: nobody brings anything to this device")
+        installation = Installation(asked, around.store, around.installer, around.origin, around.watcher)
+        return [*installation.head(), *self._let_answer(args), *installation.tail()]
+
+    def _verified(self, args: _Args) -> list[Step]:
+        """A version that is on the device already: verify it, try it where that is needed."""
 
         def verify(turn: Turn) -> None:
             _version(self._around.store.document, args.model, args.version)
@@ -160,36 +185,72 @@ class Jobs:
         return [
             Step("verify", "verifying", verify),
             Step("try", "trying", lambda turn: self._try(args, turn)),
-            *self._activate(args),
         ]
 
     def _try(self, args: _Args, turn: Turn) -> None:
-        self._around.installer.retry(args.model, args.version, turn.tell)
+        watcher = self._around.watcher
+        watcher.look(args.model)
+        try:
+            self._around.installer.retry(args.model, args.version, turn.tell, accept_slower=args.accept_slower)
+        except BaseException:
+            watcher.disarm(args.model, args.version)
+            raise
+
+    def _let_answer(self, args: _Args) -> list[Step]:
+        """The end of every installation: the version answers, and stays if it does no worse than the one before."""
+        watcher = self._around.watcher
+
+        def case_of(turn: Turn) -> Case | None:
+            before = turn.notes.get("before")
+            if not isinstance(before, str) or before == args.version:
+                return None
+            entry = _model(self._around.store.document, args.model).versions.get(args.version)
+            slower = args.accept_slower or (entry is not None and entry.manifest.policy.accept_slower)
+            return Case(args.model, args.version, before, turn.notes.get("previous"), mark(turn), slower)
+
+        def do(turn: Turn) -> Mapping[str, Any]:
+            self._require_activatable(args, turn)
+            if (case := case_of(turn)) is not None:
+                watcher.arm(case)
+            else:
+                watcher.disarm(args.model, args.version)
+            return _short(self._around.installer.activate(args.model, args.version, turn.tell))
+
+        def undo(turn: Turn) -> None:
+            watcher.disarm(args.model, args.version)
+            self._activate_before(args)(turn)
+
+        return [
+            Step("activate", "activating", do, lambda turn: self._is_active(args), undo),
+            *probation_steps(watcher, args.model, args.version, case_of),
+        ]
 
     def _activate(self, args: _Args) -> list[Step]:
         def do(turn: Turn) -> Mapping[str, Any]:
-            model = _model(self._around.store.document, args.model)
-            _version(self._around.store.document, args.model, args.version)
-            _require_unpinned(args.model, model, args.version)
-            turn.notes.setdefault("before", model.active)
-            turn.save()
+            self._require_activatable(args, turn)
             return _short(self._around.installer.activate(args.model, args.version, turn.tell))
 
-        return [Step("activate", "activating", do, self._is_active(args), self._activate_before(args.model))]
+        return [Step("activate", "activating", do, lambda turn: self._is_active(args), self._activate_before(args))]
 
-    def _is_active(self, args: _Args) -> Callable[[Turn], bool]:
-        def holds(turn: Turn) -> bool:
-            model = self._around.store.document.models.get(args.model)
-            return model is not None and model.active == args.version
+    def _require_activatable(self, args: _Args, turn: Turn) -> None:
+        """That version may answer; what answered before is noted."""
+        model = _model(self._around.store.document, args.model)
+        _version(self._around.store.document, args.model, args.version)
+        _require_unpinned(args.model, model, args.version)
+        turn.notes.setdefault("before", model.active)
+        turn.notes.setdefault("previous", model.previous)
+        turn.save()
 
-        return holds
+    def _is_active(self, args: _Args) -> bool:
+        model = self._around.store.document.models.get(args.model)
+        return model is not None and model.active == args.version
 
-    def _activate_before(self, name: str) -> Callable[[Turn], None]:
+    def _activate_before(self, args: _Args) -> Callable[[Turn], None]:
         def undo(turn: Turn) -> None:
             before = turn.notes.get("before")
-            model = self._around.store.document.models.get(name)
-            if model is not None and isinstance(before, str) and before in model.versions and model.active != before:
-                self._around.installer.activate(name, before)
+            model = self._around.store.document.models.get(args.model)
+            if model is not None and isinstance(before, str) and before in model.versions and self._is_active(args):
+                self._around.installer.activate(args.model, before)
 
         return undo
 
@@ -208,7 +269,11 @@ class Jobs:
             model = self._around.store.document.models.get(args.model)
             return model is not None and "target" in turn.notes and model.active == turn.notes["target"]
 
-        return [Step("activate", "activating", do, holds, self._activate_before(args.model))]
+        def undo(turn: Turn) -> None:
+            target = turn.notes.get("target")
+            self._activate_before(_Args(model=args.model, version=target))(turn)
+
+        return [Step("activate", "activating", do, holds, undo)]
 
     def _pin(self, args: _Args) -> list[Step]:
         def do(turn: Turn) -> Mapping[str, Any]:
@@ -276,11 +341,11 @@ class Jobs:
             Step(
                 "apply",
                 "installing",
-                lambda turn: configuring.apply(args.config, _mark(turn)),
-                lambda turn: configuring.holds(_mark(turn)),
-                lambda turn: configuring.revert(_mark(turn)),
+                lambda turn: configuring.apply(args.config, mark(turn)),
+                lambda turn: configuring.holds(mark(turn)),
+                lambda turn: configuring.revert(mark(turn)),
             ),
-            Step("confirm", "probation", lambda turn: configuring.confirm(_mark(turn), turn.go_on)),
+            Step("confirm", "probation", lambda turn: configuring.confirm(mark(turn), turn.go_on)),
         ]
 
     def _flush(self, args: _Args) -> list[Step]:
@@ -347,11 +412,6 @@ def _require_unpinned(name: str, model: ModelEntry, version: str) -> None:
 
 def _pinned(what: str, model: ModelEntry) -> ConflictError:
     return ConflictError(f"{what}: the model is pinned to {model.active}", hint="unpin it: model.pin")
-
-
-def _mark(turn: Turn) -> str:
-    """Who asked for a configuration. Job ids are unique within an enrolment only."""
-    return f"job-{turn.job.epoch}-{turn.job.job_id}"
 
 
 def _short(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from agent.hardware.profiles import Profile
 from agent.selection.inventory import RuntimeInventory
 from agent.selection.measurements import Measurement, MeasurementKey, measurement_key
 from agent.selection.rules import Candidate, candidate_of
-from agent.store.document import BlobRef, VersionEntry
+from agent.store.document import BlobRef, CatalogDocument, VersionEntry
 
 #: Told of each step. Whatever it raises ends the operation there: that is how a stop reaches it.
 Progress = Callable[[Mapping[str, Any]], None]
@@ -35,15 +35,35 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Active:
+    """The version that answers now, for a new one to be held against. ``slower``: one that is slower is taken, too."""
+
+    version: str
+    entry: VersionEntry
+    slower: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Known:
     """What earlier trials of the version left: measurements and quarantine by candidate id.
 
     ``runtimes``: version and providers of those that there were, as ``runtimes_for`` had it; empty when nobody noted.
+    ``active``: the version that it is to take the place of.
     """
 
     measurements: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     quarantine: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     runtimes: Mapping[str, Any] = field(default_factory=dict)
+    active: Active | None = None
+
+
+def active_beside(document: CatalogDocument, name: str, version: str, *, slower: bool = False) -> Active | None:
+    """What ``version`` is to take the place of, if another version answers now."""
+    model = document.models.get(name)
+    if model is None or model.active in (None, version):
+        return None
+    assert model.active is not None
+    return Active(model.active, model.versions[model.active], slower)
 
 
 def known_of(entry: VersionEntry) -> Known:
@@ -73,6 +93,8 @@ class DeviceView:
     inventory: Callable[[], RuntimeInventory]
     headroom_mb: Callable[[], int]
     power_mode: Callable[[], str | None]
+    #: What there is for models in all; None: not known.
+    budget_mb: float | None = None
 
 
 #: (manifest, blobs, what is known, shapes for made-up inputs, progress) -> choice

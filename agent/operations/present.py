@@ -32,6 +32,8 @@ def describe_model(name: str, model: ModelEntry) -> dict[str, Any]:
                 "forms": (entry.choice or {}).get("forms", {}),
                 "quarantine": entry.quarantine,
                 "batching": gains_of(entry).get(entry.chosen or ""),
+                "beside": (entry.choice or {}).get("beside"),
+                "probation": (entry.choice or {}).get("probation"),
             }
             for version, entry in model.versions.items()
         },

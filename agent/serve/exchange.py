@@ -71,6 +71,7 @@ class Request:
     (admin socket only) and are closed after the answer; ``take_descriptors`` makes them the caller's.
     ``progress`` sends an event to a caller that asked for events (``Accept: application/x-ndjson``) and drops it
     otherwise, or when the caller reads too slowly; it may be called on the event loop's thread only.
+    ``hurried``: the caller itself has made the deadline shorter.
     """
 
     method: str
@@ -84,6 +85,7 @@ class Request:
     inference_length: int | None = None
     descriptors: list[int] = field(default_factory=list)
     progress: Callable[[Mapping[str, Any]], None] = _no_progress
+    hurried: bool = False
 
     def json(self) -> dict[str, Any]:
         """The body as a JSON object; an empty body is an empty object. Raises PeerError."""

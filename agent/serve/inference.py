@@ -12,14 +12,16 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-from agent.base.errors import AgentError, NotFoundError, PeerError, RefusedError
+from agent.base.errors import AgentError, NotFoundError, PeerError, RefusedError, UnsupportedError
 from agent.infer.tensors import InferRequest, InferResponse
 from agent.serve import oip
 from agent.serve.access import INFER, ModelRules, Peer
 from agent.serve.exchange import Request, Response, error_answer, json_response
 from agent.serve.limits import Limits
 from agent.serve.routes import Route
-from agent.serve.statistics import Statistics, cache_metrics, with_caches
+from agent.serve.statistics import Statistics, cache_metrics, with_caches, with_feedback
+
+_FEEDBACK_BYTES = 4096
 
 
 class ModelServer(Protocol):
@@ -60,9 +62,41 @@ class ModelServer(Protocol):
         ...
 
 
+class Watch(Protocol):
+    """Who wants to know of every request, while somebody does. ``at``: ``perf_counter_ns`` when it came."""
+
+    def began(self, at: int) -> None:
+        """A request came."""
+        ...
+
+    def ended(self, at: int) -> None:
+        """It is over, also where its caller went away."""
+        ...
+
+    def answered(self, asked: InferRequest, response: InferResponse) -> None:
+        """It was answered."""
+        ...
+
+    def failed(self, model: str, version: str | None, error: AgentError, *, hurried: bool) -> None:
+        """It was not. ``version``: as it was asked for; ``hurried``: its caller has made its deadline shorter."""
+        ...
+
+
+class Feedback(Protocol):
+    """Who keeps what apps say of answers."""
+
+    def judge(self, model: str, version: str | None, document: Mapping[str, Any]) -> bool:
+        """Count it; False where that answer was judged before. Raises PeerError, NotFoundError."""
+        ...
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """``correct`` and ``wrong`` of every ``model`` and ``version`` that was judged."""
+        ...
+
+
 class Inference:
     """Handlers of ``infer.sock``. ``labels`` gives the class names of a model for ``classification``; ``caches`` the
-    figures of models whose answers are kept, which only who may use them sees."""
+    figures of models whose answers are kept, which only who may use them sees. ``feedback``: None takes none."""
 
     def __init__(
         self,
@@ -74,7 +108,9 @@ class Inference:
         labels: Callable[[str, str], Sequence[str]] = lambda _model, _version: (),
         metrics: Sequence[Callable[[], Sequence[str]]] = (),
         caches: Callable[[], Sequence[Mapping[str, Any]]] = lambda: (),
+        feedback: Feedback | None = None,
     ) -> None:
+        self._feedback_kept = feedback
         self._models = models
         self._limits = limits
         self._rules = rules or ModelRules()
@@ -82,6 +118,8 @@ class Inference:
         self._labels = labels
         self._metrics = tuple(metrics)
         self._caches = caches
+        #: Set and taken away by its owner.
+        self.watch: Watch | None = None
         # Two threads: one long tensor is no queue before the next.
         self._codec = ThreadPoolExecutor(2, thread_name_prefix="codec")
 
@@ -104,6 +142,8 @@ class Inference:
                 Route("GET", f"{pattern}/stats", INFER, self._stats, self._admit),
                 Route("POST", f"{pattern}/infer", INFER, self._infer, self._admit, needs_body=True),
             ]
+            path, most = f"{pattern}/feedback", _FEEDBACK_BYTES
+            rows.append(Route("POST", path, INFER, self._feedback, self._admit, needs_body=True, body_bytes=most))
         return rows
 
     # Who may see what.
@@ -167,11 +207,16 @@ class Inference:
         return json_response(self._document((entry["name"], entry["version"]) for entry in entries))
 
     def _document(self, known: Iterable[tuple[str, str]]) -> dict[str, Any]:
-        return with_caches(self._statistics.document(known), self._caches())
+        document = with_caches(self._statistics.document(known), self._caches())
+        return document if self._feedback_kept is None else with_feedback(document, self._feedback_kept.rows())
 
     def statistics_document(self) -> dict[str, Any]:
         """The statistics of every model, for those who need not ask over the socket."""
         return self._document((entry["name"], entry["version"]) for entry in self._models.index())
+
+    def computed(self, model: str, version: str) -> tuple[int, float]:
+        """How often a version has computed an answer since the start, and the mean of the time in ms."""
+        return self._statistics.computed(model, version)
 
     # One model.
 
@@ -192,8 +237,16 @@ class Inference:
         ]
         return json_response(self._document(known))
 
+    def _feedback(self, request: Request) -> Response:
+        if self._feedback_kept is None:
+            raise UnsupportedError("cannot take feedback: nobody keeps it here")
+        name, version = request.params["model"], request.params.get("version")
+        return json_response({"counted": self._feedback_kept.judge(name, version, request.json())})
+
     def _infer(self, request: Request) -> Response | Awaitable[Response]:
         started = time.perf_counter_ns()
+        if self.watch is not None:
+            self.watch.began(started)
         if oip.takes_long_to_decode(request.body, request.inference_length):
             return self._infer_apart(request, started)
         try:
@@ -219,7 +272,7 @@ class Inference:
         name, version = request.params["model"], request.params.get("version")
         answer = self._models.infer(name, version, decoded.request, request.deadline)
         if isinstance(answer, InferResponse) and not oip.takes_long_to_encode(answer, decoded):
-            return self._answer(answer, self._encode(answer, decoded), started)
+            return self._answer(answer, self._encode(answer, decoded), decoded, started)
         return self._later(answer, decoded, request, started)
 
     def _shorten(self, request: Request, asked: InferRequest) -> None:
@@ -230,6 +283,7 @@ class Inference:
             if type(value) is not int or value < 0:
                 raise PeerError(f"parameters.{field}: must be a whole number, not negative")
         if timeout:
+            request.hurried = True
             request.deadline = min(request.deadline, time.monotonic() + min(timeout, 1 << 40) / 1e6)
 
     async def _later(
@@ -239,10 +293,13 @@ class Inference:
             response = answer if isinstance(answer, InferResponse) else await answer
             if oip.takes_long_to_encode(response, decoded):
                 encoding = asyncio.get_running_loop().run_in_executor(self._codec, self._encode, response, decoded)
-                return self._answer(response, await encoding, started)
-            return self._answer(response, self._encode(response, decoded), started)
+                return self._answer(response, await encoding, decoded, started)
+            return self._answer(response, self._encode(response, decoded), decoded, started)
         except AgentError as error:
             return self._failed(error, request, started)
+        finally:
+            if self.watch is not None:
+                self.watch.ended(started)
 
     def _encode(self, response: InferResponse, decoded: oip.Decoded) -> Response:
         labels: Sequence[str] = ()
@@ -251,9 +308,12 @@ class Inference:
             labels = self._labels(response.model_name, response.model_version)
         return oip.encode_response(response, decoded, self._limits.json_bytes, labels)
 
-    def _answer(self, response: InferResponse, answer: Response, started: int) -> Response:
+    def _answer(self, response: InferResponse, answer: Response, decoded: oip.Decoded, started: int) -> Response:
         """Count it."""
         said = response.parameters
+        if self.watch is not None:
+            self.watch.answered(decoded.request, response)
+            self.watch.ended(started)
         self._statistics.succeeded(
             response.model_name,
             response.model_version,
@@ -272,6 +332,9 @@ class Inference:
 
     def _failed(self, error: AgentError, request: Request, started: int) -> Response:
         name, version = request.params["model"], request.params.get("version")
+        if self.watch is not None:
+            self.watch.failed(name, version, error, hurried=request.hurried)
+            self.watch.ended(started)
         # What infer() asks to try later is its queue: 429, as clients of model servers expect.
         response = error_answer(error, busy_status=429)
         if not isinstance(error, NotFoundError):

@@ -94,6 +94,12 @@ class Statistics:
         counts.fail_ns += total_ns
         counts.statuses[status] = counts.statuses.get(status, 0) + 1
 
+    def computed(self, model: str, version: str) -> tuple[int, float]:
+        """Answers that were computed, and the mean time that computing took, in ms."""
+        counts = self._counts.get((model, version)) or _Counts()
+        computed = counts.success - counts.cache_hits
+        return computed, counts.compute_ns / computed / 1e6 if computed else 0.0
+
     def forget(self, model: str) -> None:
         """The model was removed."""
         for key in [key for key in self._counts if key[0] == model]:
@@ -137,6 +143,15 @@ def with_caches(document: dict[str, Any], caches: Iterable[Mapping[str, Any]]) -
     for row in document["model_stats"]:
         if (cache := rows.get((row["name"], row["version"]))) is not None:
             row["cache"] = {name: value for name, value in cache.items() if name not in ("model", "version")}
+    return document
+
+
+def with_feedback(document: dict[str, Any], judged: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The statistics document with ``feedback_stats`` beside each version whose answers were judged."""
+    rows = {(row["model"], row["version"]): {"correct": row["correct"], "wrong": row["wrong"]} for row in judged}
+    for row in document["model_stats"]:
+        if (counts := rows.get((row["name"], row["version"]))) is not None:
+            row["feedback_stats"] = counts
     return document
 
 

@@ -18,7 +18,7 @@ from agent.base.errors import AgentError, PeerError, RefusedError, TryLaterError
 from agent.work.jobs import PHASES, Ending, Failure, Order, Progress, State, move
 from agent.work.journal import Journal
 from agent.work.records import Record
-from agent.work.steps import HaltedError, Handler, RestartPending, Step, StoppingError, Turn
+from agent.work.steps import HaltedError, Handler, Pause, RestartPending, Step, StoppingError, Turn
 
 #: Starts of a step, or of taking one back, after which it is given up.
 MAX_STALLED = 5
@@ -36,7 +36,7 @@ class _MovedError(Exception):
 
 
 class _ParkedError(Exception):
-    """The job waits for a restart."""
+    """The job waits, for a restart or for a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,19 @@ class Bench:
 
 
 class Attempt:
-    """Runs the job of ``record`` from where it is. ``late``: the restart that it waits for did not come in time."""
+    """Runs the job of ``record`` from where it is. ``late``: the restart that it waits for did not come in time.
+    ``again``: no start of the job, a step that paused goes on."""
 
-    def __init__(self, bench: Bench, record: Record, handler: Handler | None, *, late: bool = False) -> None:
+    def __init__(
+        self, bench: Bench, record: Record, handler: Handler | None, *, late: bool = False, again: bool = False
+    ) -> None:
         self._bench = bench
         self._key = record.key
         self._order = record.order
         self._record = record
         self._handler = handler
         self._late = late
+        self._again = again
         self._now = record.progress
         self._pending: dict[str, Any] = {}
         self._notes = dict(record.progress.notes)
@@ -69,6 +73,8 @@ class Attempt:
         self._raised: TryLaterError | None = None
         self._going_back = False
         self.event: Mapping[str, Any] = {}
+        #: After ``run``: seconds after which a step that paused is to go on.
+        self.pause_s: float | None = None
         self.deadline = self._started + self._order.step_timeout_s
 
     @property
@@ -77,11 +83,11 @@ class Attempt:
         return self._now
 
     def run(self) -> bool:
-        """To the end, or to where it must be left; whether the job waits for a restart. Raises UnwritableError."""
+        """To the end, or to where it must be left; whether the job waits. Raises UnwritableError."""
         try:
             self._run()
         except StoppingError:
-            self._leave()
+            self.leave()
         except _MovedError:
             pass
         except _ParkedError:
@@ -94,7 +100,7 @@ class Attempt:
         except HaltedError as halt:
             self._end(halt.state, halt.failure)
             return
-        if self._now.attempt and not self._late:
+        if self._now.attempt and not self._late and not self._again:
             self._save(attempt=self._now.attempt + 1, stalled=self._now.stalled + 1)
         if self._now.ending is None:
             try:
@@ -194,6 +200,10 @@ class Attempt:
             json.dumps([result, self._notes], allow_nan=False)
         except RestartPending as pending:
             self._await_restart(step, pending)
+        except Pause as pause:
+            self._save(durable=False)
+            self.pause_s = pause.seconds
+            raise _ParkedError from None
         except UnwritableError:
             raise
         except Exception as error:
@@ -352,7 +362,7 @@ class Attempt:
         else:
             self._save(state=state, error=failure)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """An orderly stop is no sign of a step that cannot be done."""
         if self._now.attempt:
             self._save(durable=False, stalled=max(0, self._now.stalled - 1))

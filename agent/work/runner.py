@@ -7,6 +7,7 @@ rescue lane by nothing that waits. ``wake`` is cheap and never raises for local 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -45,8 +46,9 @@ class _Seat:
     job: Waiting
     since: float
     attempt: Attempt | None = None
-    #: The job waits for a restart, until then on the monotonic clock.
+    #: The job waits for a restart, or its step for a while (``paused``), until then on the monotonic clock.
     parked_until: float = 0.0
+    paused: bool = False
 
 
 class Runner:
@@ -82,6 +84,9 @@ class Runner:
         self._retry_at = -math.inf
         self._has_moved = False
         self._openings: dict[int, tuple[datetime, Opening]] = {}
+        #: Called in place of ``changed`` where nothing can be seen to have changed, and yet ``wake`` has another time
+        #: to name: the owner may set it.
+        self.paused = changed
         #: Why jobs do not run, where something local is wrong.
         self.problem: str | None = None
 
@@ -102,7 +107,12 @@ class Runner:
 
     def stop(self) -> None:
         """Nothing is begun from now on; what runs leaves at its next safe point and goes on after the next start."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
+        with self._lock:
+            for seat in self._parked.values():
+                _leave(seat)
 
     def under_way(self) -> dict[Lane, dict[str, Any]]:
         """What each busy lane does, for ``status``. ``stuck``: it is past its time and has not come to a safe point."""
@@ -195,13 +205,14 @@ class Runner:
         return self._hand_over(_Seat(job, self._clock.monotonic()), late=False)
 
     def _unpark(self, seat: _Seat, now: float) -> float | None:
-        """A restart that did not come in time fails its step. Seconds until then."""
+        """A restart that did not come in time fails its step; a pause that is over is followed by it. Seconds until
+        then."""
         if now < seat.parked_until:
             return seat.parked_until - now
         if seat.job.lane in self._seats:
             return None  # looked at again when the lane is free
         del self._parked[seat.job.key]
-        wait = self._hand_over(seat, late=True)
+        wait = self._hand_over(seat, late=not seat.paused)
         if wait is not None:
             self._parked[seat.job.key] = seat
         return wait
@@ -218,10 +229,10 @@ class Runner:
 
     def _work(self, seat: _Seat, late: bool) -> None:
         """In the lane's thread: run the job of the seat, give the seat back."""
-        parked = False
+        parked = quiet = False
         trouble: BaseException | None = None
         try:
-            if self._may_still(seat.job):
+            if self._may_still(seat):
                 parked = self._run(seat, late)
         except UnwritableError as error:
             trouble = error.__cause__
@@ -230,24 +241,35 @@ class Runner:
         with self._lock:
             del self._seats[seat.job.lane]
             if parked and seat.attempt is not None:
-                seat.parked_until = seat.attempt.deadline
-                self._parked[seat.job.key] = seat
+                quiet = self._park(seat, seat.attempt)
             if trouble is not None:
                 self._fail(trouble)
-        self._changed()
+        (self.paused if quiet else self._changed)()
 
-    def _may_still(self, job: Waiting) -> bool:
+    def _park(self, seat: _Seat, attempt: Attempt) -> bool:
+        """The job waits; whether it has been doing so."""
+        before, seat.paused = seat.paused, attempt.pause_s is not None
+        pause_s = attempt.pause_s
+        seat.parked_until = attempt.deadline if pause_s is None else self._clock.monotonic() + pause_s
+        self._parked[seat.job.key] = seat
+        if self._stopping.is_set():
+            _leave(seat)
+        return before and seat.paused
+
+    def _may_still(self, seat: _Seat) -> bool:
         """The lane's thread may have been busy with something else for long: the window may have closed since."""
         if self._stopping.is_set():
             return False
+        if seat.paused:
+            return True
         with self._lock:
-            return self._gate(job) == 0
+            return self._gate(seat.job) == 0
 
     def _run(self, seat: _Seat, late: bool) -> bool:
         record = self._journal.load(seat.job.key)
         if record is None or record.progress.has_ended:
             return False
-        seat.attempt = Attempt(self._bench, record, self._handlers.get(record.order.op), late=late)
+        seat.attempt = Attempt(self._bench, record, self._handlers.get(record.order.op), late=late, again=seat.paused)
         return seat.attempt.run()
 
     def _fail(self, error: BaseException | None) -> float:
@@ -262,8 +284,16 @@ class Runner:
         if seat.attempt is not None:
             progress = seat.attempt.progress
             shown |= {"step": progress.step, "phase": progress.phase, "attempt": progress.attempt}
-            shown |= {"stuck": now > seat.attempt.deadline, "event": dict(seat.attempt.event)}
+            stuck = now > seat.attempt.deadline and not seat.paused
+            shown |= {"stuck": stuck, "event": dict(seat.attempt.event)}
         return shown
+
+
+def _leave(seat: _Seat) -> None:
+    """An orderly stop while a step pauses."""
+    if seat.paused and seat.attempt is not None:
+        with contextlib.suppress(UnwritableError):  # it counts as interrupted then
+            seat.attempt.leave()
 
 
 def _moment(text: str) -> datetime:

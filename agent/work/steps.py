@@ -80,6 +80,17 @@ class RestartPending(Exception):  # noqa: N818 - no error: the way a step says t
         self.then = then
 
 
+class Pause(Exception):  # noqa: N818 - no error, as above
+    """Raised by a step that waits for the world: it is done again after ``seconds``, and its thread is free till then.
+
+    The job keeps its lane, notes are kept, and the time of the step begins anew.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("the step waits")
+        self.seconds = seconds
+
+
 class HaltedError(TryLaterError):
     """Raised at a safe point: the job is cancelled or too late. It ends as ``state`` once it is taken back."""
 

@@ -117,7 +117,7 @@ def test_an_integrators_file(tmp_path: Path) -> None:
         ("[server]\nqueue_per_model = true", "server.queue_per_model: must be a valid integer"),
         ("[server]\ndeadlines = 3", "server.deadlines: unknown key (did you mean deadline_s?)"),
         ("[acess]", "acess: unknown key (did you mean access?)"),
-        ("[frobnication]", "frobnication: unknown key"),
+        ("[wibble]", "wibble: unknown key"),
         ("server = 3", "server: must be a table"),
         ("[server]\nconnections_per_uid = 600", "server: connections_per_uid must not be above max_connections"),
         ("[server]\nmax_body_mb = 200", "server: max_body_mb must not be above buffered_mb_per_uid"),
@@ -163,6 +163,31 @@ def test_text_that_is_not_utf8_is_reported_with_its_line(tmp_path: Path) -> None
     path.write_bytes(b"[log]\n# \xe4\n")
     with pytest.raises(ConfigError, match="line 2: not UTF-8 text"):
         load(path, explicit=True)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://models.example", "https://models.example:8443/fleet/", "https://[2001:db8::1]/x", "http://localhost:8000/x",
+        "http://127.0.0.1/", "http://[::1]:8000",
+    ],
+)  # fmt: skip
+def test_a_mirror_is_where_somebody_vouches_for_the_name(url: str, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(f'[delivery]\nmirrors = ["{url}"]\n')
+    assert load(tmp_path / "c.toml", explicit=True).delivery.mirrors == (url,)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "models.example", "http://models.example/", "http://127.0.0.1.example/", "http://localhost.example", "ftp://x/",
+        "https://", "https:///x", "https://user:word@models.example/", "https://models.example/?a", "https://x/#y",
+        "https://models.example/a b", "https://models.example:0/", "https://models.example:99999/", "https://[::1/",
+        "https://mod\\u00e9les.example/", "https://models.example/\\nx", "file:///etc/passwd",
+    ],
+)  # fmt: skip
+def test_a_mirror_that_cannot_be_one_is_refused(url: str, tmp_path: Path) -> None:
+    assert "delivery.mirrors" in refused(f'[delivery]\nmirrors = ["{url}"]\n', tmp_path)
 
 
 def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:

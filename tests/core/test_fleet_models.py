@@ -15,7 +15,7 @@ from tests import onnx_models
 from tests.core.fleet_device import connected
 from tests.core.test_daemon import X, bundle
 
-SHORT_TRIALS = "[selection]\nmin_rounds = 4\nmax_rounds = 4\nprepare = false"
+SHORT_TRIALS = "[selection]\nmin_rounds = 4\nmax_rounds = 4\nprepare = false\n[probation]\nseconds = 1"
 VERSIONS = {"1.0.0": 1, "2.0.0": 2, "3.0.0": 3}
 
 

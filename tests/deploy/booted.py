@@ -58,9 +58,8 @@ def show(unit: str, *names: str) -> dict[str, str]:
 def files() -> list[str]:
     """Everything on this machine that is ours, by name; folders of ours with what is in them."""
     found = run("find", "/etc", "/opt", "/usr/lib", "/usr/local", "/run", "/var/lib", "-xdev", "-name", "*edge*agent*")
-    return sorted(
-        line for line in str(found["out"]).split() if "/python" not in line and not line.startswith(str(HERE))
-    )
+    others = ("/python", "/var/lib/dpkg", str(HERE))
+    return sorted(line for line in str(found["out"]).split() if not any(part in line for part in others))
 
 
 def state() -> dict[str, int]:
@@ -185,6 +184,10 @@ def damage() -> None:
     path.write_text(path.read_text() + "# mine\n")
     Path("/etc/systemd/system/edge-agent-core.service.d/50-device.conf").unlink()
     seen["doctor of damage"] = agent("doctor")
+    # What the first start of a device from an image does.
+    seen["device unit"] = run("systemctl", "start", "edge-agent-device.service")
+    seen["drop-in"] = Path("/etc/systemd/system/edge-agent-core.service.d/50-device.conf").read_text()
+    seen["limits"] = show(CORE, "MemoryMax")
 
 
 if __name__ == "__main__":

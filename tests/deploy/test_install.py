@@ -131,7 +131,7 @@ def test_a_full_disk_is_told_before_anything_is_done(tmp_path: Path, small_wheel
     assert "9.9.9/" not in said and "/srv/x/etc" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.main_only
 def test_an_image_without_a_python_a_cut_off_run_and_one_runtime_after_another(
     tmp_path: Path, releases: Releases
@@ -148,7 +148,7 @@ def test_an_image_without_a_python_a_cut_off_run_and_one_runtime_after_another(
     script = (target / "bin/edge-agent").read_text()
     assert script.startswith("#!/opt/edge-agent/0.1.0+root/bin/python")
     assert subprocess.run(["grep", "-rlaF", str(root), str(target)], stdout=subprocess.PIPE, check=False).stdout == b""
-    agent = [root / "opt/edge-agent/current/bin/python", "-m", "agent.cli.device"]
+    agent = [root / "opt/edge-agent/current/bin/python", "-I", "-m", "agent.cli.device"]
     version = subprocess.run([*agent, "--version"], stdout=subprocess.PIPE, text=True, check=True, cwd="/")
     assert version.stdout == "edge-agent 0.1.0+root\n"
     assert (root / "etc/systemd/system/multi-user.target.wants/edge-agent.target").is_symlink()

@@ -16,7 +16,7 @@ from tests.deploy.conftest import ROOT, Releases
 from tests.deploy.machine import boot
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.main_only,
     pytest.mark.skipif(not shutil.which("dpkg-deb"), reason="dpkg-deb is not installed"),
 ]

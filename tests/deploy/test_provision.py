@@ -28,7 +28,8 @@ def provision(*arguments: object) -> subprocess.CompletedProcess[str]:
 def founded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fleet as its operator makes one."""
     folder = tmp_path_factory.mktemp("operator") / "fleet"
-    assert fleet.main([*"init --tenant acme --broker mqtt.example.org --no-password --fleet".split(), str(folder)]) == 0
+    command = ["init", "--tenant", "acme", "--broker", "mqtt.example.org", "--no-password", "--fleet", str(folder)]
+    assert fleet.main(command) == 0
     return folder
 
 
@@ -60,7 +61,7 @@ def test_folders_that_are_not_for_devices_are_refused(tmp_path: Path, founded: P
     assert list(root.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.main_only
 def test_an_image_has_the_agent_the_fleet_and_no_secret(tmp_path: Path, founded: Path, releases: Releases) -> None:
     need_root()

@@ -87,6 +87,12 @@ def test_doctor_names_what_was_damaged_and_its_mend(seen: dict[str, Any]) -> Non
     assert "50-device.conf" in findings["devices", "the"]["mend"]
 
 
+def test_a_device_from_an_image_writes_its_drop_in_itself(seen: dict[str, Any]) -> None:
+    assert seen["device unit"]["rc"] == 0, seen["device unit"]
+    assert "MemoryMax=" in seen["drop-in"]
+    assert seen["limits"]["MemoryMax"] == seen["core"]["MemoryMax"]
+
+
 def test_uninstall_leaves_state_and_configuration_and_they_serve_again(seen: dict[str, Any]) -> None:
     assert seen["uninstall"]["rc"] == 0, seen["uninstall"]
     assert seen["left"] == ["/etc/edge-agent", "/var/lib/edge-agent", "/var/lib/edge-agent-link"]

@@ -6,13 +6,15 @@ import io
 import json
 import os
 import re
+import time
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
 import pytest
 
 from agent.base.clock import SystemClock
-from agent.infer.trial import Entrant, Surroundings, Trial, TrialPlan
+from agent.infer.trial import Entrant, Surroundings, Trial, TrialPlan, apart
 from agent.selection.measurements import measurement_key
 from tests import onnx_models
 
@@ -184,6 +186,68 @@ def test_nothing_is_timed_while_throttled():
     assert seen.rounds == 0  # each round met throttling, none counts
 
 
+def test_runs_that_overlapped_a_request_do_not_count():
+    times, began = [100.0, 50.0, 100.0, 25.0], [1.0, 1.1, 1.2, 1.5]
+    assert apart(times, began, []) == times
+    assert apart(times, began, [(1.05, 1.06)]) == [50.0, 100.0, 25.0]
+    assert apart(times, began, [(1.14, 1.21)]) == [100.0, 25.0]
+    assert apart(times, began, [(0.0, 0.5), (1.31, 1.49), (1.53, 9.0)]) == times
+    assert apart(times, began, [(1.51, 1.511), (0.5, 1.01)]) == [50.0, 100.0]
+    assert apart(times, began, [(0.0, 9.0)]) == []
+
+
+def test_a_trial_asks_when_requests_ran_and_counts_what_was_apart():
+    asked = []
+
+    def spans(begin, end):
+        asked.append((begin, end))
+        return [(begin - 2, begin - 1)]
+
+    seen = run(entrant("good", onnx_models.linear()), around=Surroundings(SystemClock(), spans=spans))["good"]
+    assert seen.ok
+    assert seen.rounds == len(asked) == 4
+    assert seen.notes == ()
+    now = time.perf_counter()
+    assert all(0 < end - begin < now for begin, end in asked)
+
+
+def test_where_requests_never_stop_all_runs_count_and_it_is_said():
+    watched = []
+    around = Surroundings(SystemClock(), spans=lambda begin, end: [(begin - 1, end + 1)], watch=watched.append)
+    seen = run(entrant("good", onnx_models.linear()), around=around)["good"]
+    assert seen.rounds == 4
+    assert seen.notes == ("measured while requests ran",)
+    assert watched == [True, False]
+
+
+def test_who_is_there_to_be_compared_with_is_measured_whatever_it_answers():
+    inputs = {"x": np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)}
+    data = onnx_models.linear(1)
+    judged = {"open_golden": lambda: Opened(golden(inputs, answers(data, inputs))), "metric": "cosine"}
+    judged |= {"threshold": 0.99, "passes": lambda value: value >= 0.99}
+    other = replace(entrant("other", onnx_models.linear(2)), beside=True)
+    seen = run(entrant("good", data), other, departs=lambda given, taken: "", **judged)
+    assert seen["good"].agreement == pytest.approx(1.0)
+    assert seen["other"].ok
+    assert seen["other"].agreement < 0.9
+    assert seen["other"].session == seen["good"].session
+    assert seen["other"].rounds == 4
+    (checked,) = Trial([entrant("good", data)], plan(**judged), Surroundings(SystemClock())).check()
+    assert (checked.agreement, checked.rounds) == (pytest.approx(1.0), 0)
+
+
+def test_children_run_when_nobody_else_wants_to():
+    found = set()
+
+    def look(event):
+        if event["stage"] == "measure":
+            children = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _parent(pid) == os.getpid()]
+            found.update((os.sched_getscheduler(pid), os.getpriority(os.PRIO_PROCESS, pid)) for pid in children)
+
+    run(entrant("good", onnx_models.linear()), around=Surroundings(SystemClock(), progress=look))
+    assert found == {(os.SCHED_IDLE, 19)}
+
+
 def test_energy_is_shared_among_the_runs_of_a_round():
     total = iter(range(10_000))
     around = Surroundings(SystemClock(), energy_j=lambda: float(next(total)))
@@ -242,7 +306,11 @@ def test_the_liar_of_the_next_test_passes_when_it_does_not_lie():
         ("round", '{"times": [NaN]}'),
         ("round", '{"times": [true]}'),
         ("round", '{"times": [' + "1," * 100_000 + "1]}"),
-        ("round", '{"times": [1], "note": {}}'),
+        ("round", '{"times": [1]}'),
+        ("round", '{"times": [1], "began": "now"}'),
+        ("round", '{"times": [1], "began": [NaN]}'),
+        ("round", '{"times": [1], "began": [1, 2]}'),
+        ("round", '{"times": [1], "began": [1], "note": {}}'),
         ("round", "null"),
     ],
 )

@@ -30,7 +30,11 @@ class ProviderLostError(TryLaterError):
     """The provider failed, not the model and not the input: another one may answer the same request."""
 
 
-class DoubtfulError(PeerError):
+class RunError(PeerError):
+    """The runtime refused to run inputs that fit the signature: their values are wrong, or the model is."""
+
+
+class DoubtfulError(RunError):
     """A provider other than the processor refused to run; whether it or the input is to blame, another one can tell."""
 
 

@@ -24,6 +24,7 @@ from agent.infer.runtimes.base import LoadOptions
 from agent.infer.runtimes.failures import (
     DoubtfulError,
     ProviderLostError,
+    RunError,
     is_device_failure,
     is_shortage,
     one_line,
@@ -173,7 +174,7 @@ class OnnxSession:
     ) -> list[NDArray[Any]]:
         """One answer; strings go in and come out as ``bytes``.
 
-        PeerError with the runtime's reason, DoubtfulError where a provider may be the cause; TryLaterError when memory
+        RunError with the runtime's reason, DoubtfulError where a provider may be the cause; TryLaterError when memory
         fails, ProviderLostError when the provider does; DeadlineError when ``halt`` ended it between two operators.
         """
         options = None
@@ -195,7 +196,7 @@ class OnnxSession:
                 raise ProviderLostError(f"cannot run model: {self.provider} failed: {one_line(error)}") from error
             if elsewhere and not isinstance(error, self._input_refused):
                 raise DoubtfulError(f"cannot run model: {self.provider}: {one_line(error)}") from error
-            raise PeerError(f"cannot run model: ONNX Runtime: {one_line(error)}") from error
+            raise RunError(f"cannot run model: ONNX Runtime: {one_line(error)}") from error
         if self._string_outputs:
             return [
                 _octets(answer) if name in self._string_outputs else answer

@@ -22,7 +22,7 @@ from agent.base.errors import DamagedError, PeerError, TryLaterError, Unsupporte
 from agent.bundles.manifest import TensorSpec
 from agent.bundles.tflite_signature import chosen_key, public_names, read_signature
 from agent.infer.runtimes.base import LoadOptions
-from agent.infer.runtimes.failures import is_shortage, one_line
+from agent.infer.runtimes.failures import RunError, is_shortage, one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -123,7 +123,7 @@ class TfliteSession:
     def run(
         self, inputs: Mapping[str, NDArray[Any]], outputs: Sequence[str], halt: Halt | None = None
     ) -> list[NDArray[Any]]:
-        """One answer; strings go in and come out as ``bytes``. PeerError with the runtime's reason, TryLaterError.
+        """One answer; strings go in and come out as ``bytes``. RunError with the runtime's reason, TryLaterError.
 
         Nothing ends a run from outside: ``halt`` is not heeded.
         """
@@ -137,7 +137,7 @@ class TfliteSession:
             if is_shortage(error):
                 self._drop()
                 raise TryLaterError(f"cannot run model: out of memory: {one_line(error)}") from error
-            raise PeerError(f"cannot run model: TFLite: {one_line(error)}") from error
+            raise RunError(f"cannot run model: TFLite: {one_line(error)}") from error
 
     def close(self) -> None:
         self._drop()

@@ -11,7 +11,7 @@ HONEST = {
     "prepare": {"version": "1", "providers": ["CPUExecutionProvider"]},
     "load": {"load_ms": 1.0, "provider": "CPUExecutionProvider", "inputs": [], "outputs": []},
     "check": {"agreement": 1.0},
-    "round": {"times": [1.0, 1.0, 1.0]},
+    "round": {"times": [1.0, 1.0, 1.0], "began": [1.0, 2.0, 3.0]},
     "memory": {"peak_mb": 10.0},
 }
 
