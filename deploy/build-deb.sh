@@ -92,6 +92,11 @@ if [ "$1" = install ] && [ -e /etc/systemd/system/edge-agent-core.service ]; the
     echo "  hint: deploy/install.sh --uninstall first; models and configuration stay" >&2
     exit 1
 fi
+# Not an upgrade, though dpkg names a version to postinst where the configuration of an earlier one has stayed.
+if [ "$1" = install ]; then
+    mkdir -p /var/lib/misc
+    touch /var/lib/misc/edge-agent.install
+fi
 SCRIPT
 
 cat >"$stage/DEBIAN/postinst" <<'SCRIPT'
@@ -116,9 +121,10 @@ if [ -d /run/systemd/system ]; then
     systemctl daemon-reload
 fi
 # Once: who has disabled it since wants it so.
-if [ -z "$2" ]; then
+if [ -e /var/lib/misc/edge-agent.install ]; then
     mkdir -p /etc/systemd/system/multi-user.target.wants
     ln -sfn /usr/lib/systemd/system/edge-agent.target /etc/systemd/system/multi-user.target.wants/edge-agent.target
+    rm -f /var/lib/misc/edge-agent.install
     [ ! -d /run/systemd/system ] || systemctl daemon-reload
 fi
 if [ -d /run/systemd/system ] && [ -L /etc/systemd/system/multi-user.target.wants/edge-agent.target ]; then
@@ -141,6 +147,11 @@ SCRIPT
 cat >"$stage/DEBIAN/postrm" <<'SCRIPT'
 #!/bin/sh
 set -e
+case "$1" in
+remove | purge | abort-install)
+    rm -f /var/lib/misc/edge-agent.install
+    ;;
+esac
 case "$1" in
 remove | purge)
     rm -f /etc/systemd/system/multi-user.target.wants/edge-agent.target

@@ -382,6 +382,8 @@ make_environment() {
         # Made elsewhere than it will be: its own path is in scripts, and in what is compiled.
         grep -rlIF "$target" "$target/bin" "$target/pyvenv.cfg" "$target"/lib/*/site-packages/*.dist-info 2>/dev/null |
             xargs -r -d '\n' sed -i "s|$root$HOME_DIR|$HOME_DIR|g"
+        # The scripts are no longer those that pip wrote down.
+        sed -i 's/^\(\(\.\.\/\)*bin\/[^,]*\),sha256=.*/\1,,/' "$target"/lib/python*/site-packages/*.dist-info/RECORD
         "$python" -m compileall -q -f -j 0 -s "$root" -p / "$target/lib" >/dev/null 2>&1 || true
     fi
     try_environment "$build"

@@ -85,6 +85,10 @@ class Releases:
     def __init__(self, pip: Path, libraries: Path, folder: Path) -> None:
         self._pip, self._libraries, self._folder = pip, libraries, folder
 
+    def made(self, version: str) -> Path:
+        """A wheelhouse that ``make`` has made."""
+        return self._folder / f"wheels-{version}"
+
     def make(self, version: str, *changes: tuple[str, str, str]) -> Path:
         """A wheelhouse with ``version``; ``changes`` are path, text and what stands in its place."""
         source = copy_source(self._folder / f"source-{version}")
@@ -96,7 +100,7 @@ class Releases:
             text = (source / name).read_text()
             assert before in text, f"{name} has no {before}"
             (source / name).write_text(text.replace(before, after))
-        wheels = self._folder / f"wheels-{version}"
+        wheels = self.made(version)
         wheels.mkdir()
         for wheel in self._libraries.iterdir():
             os.link(wheel, wheels / wheel.name)

@@ -88,6 +88,13 @@ def test_removed_it_leaves_state_and_configuration_and_purged_nothing(seen: dict
     assert seen["remove"]["rc"] == 0, seen["remove"]
     assert seen["left"] == ["/etc/edge-agent", "/var/lib/edge-agent", "/var/lib/edge-agent-link"]
     assert seen["state kept"]
+    assert seen["installed again"]["rc"] == 0, seen["installed again"]
+    assert seen["answer of what was kept"]["rc"] == 0, seen["answer of what was kept"]
     assert seen["answer of what was kept"]["json"]["outputs"] == seen["answer"]["json"]["outputs"]
     assert seen["purge"]["rc"] == 0, seen["purge"]
     assert seen["left after purge"] == [] and seen["users after purge"] == []
+
+
+def test_the_same_wheels_make_the_same_package(package: Path, releases: Releases, tmp_path: Path) -> None:
+    again = build(releases.made("0.1.0+deb"), tmp_path)
+    assert again.read_bytes() == package.read_bytes()
