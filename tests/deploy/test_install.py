@@ -131,7 +131,7 @@ def test_a_full_disk_is_told_before_anything_is_done(tmp_path: Path, small_wheel
     assert "9.9.9/" not in said and "/srv/x/etc" not in said
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.main_only
 def test_an_image_without_a_python_a_cut_off_run_and_one_runtime_after_another(
     tmp_path: Path, releases: Releases
@@ -164,3 +164,13 @@ def test_an_image_without_a_python_a_cut_off_run_and_one_runtime_after_another(
     gone = install("--uninstall", "--root", root)
     assert gone.returncode == 0, gone.stdout
     assert not (root / "opt/edge-agent").exists() and (root / "var/lib/edge-agent").exists()
+
+
+@ROOT_ONLY
+def test_the_onnx_runtime_of_a_jetson_is_left_as_it_is(tmp_path: Path, small_wheelhouse: Path) -> None:
+    own = "/usr/lib/python3/dist-packages/onnxruntime_gpu-1.18.0.dist-info"
+    metadata = r"Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.18.0\n"
+    script = f"mkdir -p {own} && printf '{metadata}' >{own}/METADATA; bash $1 --root /srv --offline $2 --dry-run"
+    said = in_layer(tmp_path, script, small_wheelhouse)
+    assert "the system's own onnxruntime-gpu 1.18.0 is used" in said
+    assert said.splitlines()[3].endswith("with fast delivery"), "and none is put over it"

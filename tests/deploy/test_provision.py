@@ -61,7 +61,7 @@ def test_folders_that_are_not_for_devices_are_refused(tmp_path: Path, founded: P
     assert list(root.iterdir()) == []
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.main_only
 def test_an_image_has_the_agent_the_fleet_and_no_secret(tmp_path: Path, founded: Path, releases: Releases) -> None:
     need_root()
