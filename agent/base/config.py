@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from agent.base.errors import ConfigError
 from agent.base.files import read_bounded
@@ -41,6 +42,25 @@ Count = Annotated[int, Field(ge=1, le=65_536)]
 AccountName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}$")]
 AccountId = Annotated[int, Field(ge=0, le=(1 << 32) - 2)]
 ModelName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+def _mirror(text: str) -> str:
+    """The base of a mirror: https, or http of this very machine. What else a URL may have means nothing there."""
+    try:
+        parts = urlsplit(text)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        named = False
+    plain = named and parts.scheme == "http" and parts.hostname in ("localhost", "127.0.0.1", "::1")
+    printable = text.isascii() and text.isprintable() and " " not in text
+    if not named or not printable or "@" in parts.netloc or "?" in text or "#" in text:
+        raise ValueError("be a URL of a host and a path, such as https://models.example/fleet")
+    if parts.scheme != "https" and not plain:
+        raise ValueError("begin with https:// (http:// is for this machine alone)")
+    return text
+
+
+Mirror = Annotated[str, StringConstraints(max_length=2048), AfterValidator(_mirror)]
 
 
 class _Section(BaseModel):
@@ -182,6 +202,18 @@ class LinkConfig(_Section):
     confirm_s: Seconds = 300.0
 
 
+class DeliveryConfig(_Section):
+    """Where link fetches models from: mirrors of the repository, tried in turn, else blocks through the broker.
+
+    A mirror is the URL below which ``metadata`` and ``targets`` lie. ``rate_kib_s`` 0 = as fast as it comes.
+    """
+
+    mirrors: Annotated[tuple[Mirror, ...], Field(strict=False, max_length=16)] = ()
+    ca_file: FilePath = ""
+    rate_kib_s: Annotated[int, Field(ge=0, le=1 << 30)] = 0
+    blocks: bool = True
+
+
 class TelemetryConfig(_Section):
     """Seconds between the records of a stream; 0 = never."""
 
@@ -207,6 +239,7 @@ class MaintenanceConfig(_Section):
     ages_h: Hours = 24.0
     disk_h: Hours = 6.0
     clock_h: Hours = 6.0
+    repository_h: Hours = 24.0
 
 
 class ProbationConfig(_Section):
@@ -299,6 +332,7 @@ class Config(_Section):
     log: LogConfig = LogConfig()
     sockets: SocketsConfig = SocketsConfig()
     link: LinkConfig = LinkConfig()
+    delivery: DeliveryConfig = DeliveryConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     maintenance: MaintenanceConfig = MaintenanceConfig()
     probation: ProbationConfig = ProbationConfig()
@@ -380,7 +414,7 @@ def _syntax(message: str) -> str:
 def _requirement(text: str) -> str:
     """pydantic's sentence without its subject: ``be greater than 0`` -> ``must be greater than 0``."""
     text = re.sub(r"a valid dictionary or instance of \w+", "a table", text)
-    return f"must {text}" if text.startswith(("be ", "match ", "have ", "not ")) else text
+    return f"must {text}" if text.startswith(("be ", "begin ", "match ", "have ", "not ")) else text
 
 
 def _near(location: tuple[int | str, ...], model: type[BaseModel] | None) -> str:

@@ -57,6 +57,11 @@ class Paths:
         return self.state_dir / "journal.db"
 
     @property
+    def repository(self) -> Path:
+        """What is kept of the operator's repository: its metadata."""
+        return self.state_dir / "repository"
+
+    @property
     def device_secret(self) -> Path:
         """The file that holds the device secret where the service manager has no credential."""
         return self.state_dir / "keys" / "device-secret"

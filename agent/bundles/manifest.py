@@ -269,13 +269,15 @@ class Manifest(_Part):
     cache: CachePolicy | None = None
     batching: BatchingPolicy | None = None
     provenance: Provenance | None = None
+    requires_agent: ShortText | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """An agent that knows no provenance reads what one that knows it wrote of a model that has none."""
+        """An agent that does not know these fields reads what one that knows them wrote of a model without them."""
         said: dict[str, Any] = handler(self)
-        if self.provenance is None:
-            said.pop("provenance", None)
+        for name in ("provenance", "requires_agent"):
+            if getattr(self, name) is None:
+                said.pop(name, None)
         return said
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ import agent.base.lean  # noqa: F401 - before whatever brings pydantic in
 from agent import __version__
 from agent.base.errors import AgentError
 from agent.base.paths import Paths, resolve_paths
-from agent.cli import admin_commands, fleet_commands, infer_command, local_commands, model_commands
+from agent.cli import admin_commands, deliver_command, fleet_commands, infer_command, local_commands, model_commands
 from agent.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, print_error
 
 _EPILOG = """\
@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     infer_command.register(commands, common)
     admin_commands.register(commands, common)
     fleet_commands.register(commands, common)
+    deliver_command.register(commands, common)
     return top
 
 

@@ -18,8 +18,10 @@ from agent import __version__
 from agent.base.errors import AgentError
 from agent.cli import (
     fleet_approve,
+    fleet_blocks,
     fleet_desired,
     fleet_devices,
+    fleet_export,
     fleet_fit,
     fleet_init,
     fleet_jobs,
@@ -103,6 +105,8 @@ def parser() -> argparse.ArgumentParser:
     fleet_watch.register(commands, common)
     fleet_pack.register(commands, output)
     fleet_repository.register(commands, common)
+    fleet_blocks.register(commands, common)
+    fleet_export.register(commands, common)
     return top
 
 

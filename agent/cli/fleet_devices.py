@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from agent.base.clock import iso
 from agent.base.errors import AgentError
 from agent.cli.commands import Commands
 from agent.cli.fleet_common import Opened, cell, choose_devices, confirm, manual, opened, say, table
@@ -26,6 +27,10 @@ _FORGET = """\
 What the broker retains of it is emptied, too. The device itself is not told, and its certificate stays good: the broker
 has to refuse it from now on (docs/how-to/broker.md).
 """
+_REVOKE = """\
+No grant is made for it: it cannot open any version that it does not have. It keeps what it has, and it can still be
+given other jobs. Enrolled again, it is a device like any other.
+"""
 _SHOW = """\
 What it is, how it is, its alerts, its last jobs, what it refused, and what was not believed of what came in its name.
 """
@@ -37,7 +42,7 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
         commands,
         common,
         "devices",
-        "the devices of the fleet: list, show, groups, forget",
+        "the devices of the fleet: list, show, groups, revoke, forget",
         about="Each asks the broker first for what devices say of themselves. --offline shows what was heard last.",
     )
     actions = devices.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -84,6 +89,18 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
     forget.set_defaults(run=_forget, doing="forget a device")
     forget.add_argument("device", metavar="DEVICE", help="its name")
     forget.add_argument("--yes", action="store_true", help="do not ask")
+    revoke = manual(
+        actions,
+        common,
+        "revoke",
+        "give a device no published version any more",
+        about=_REVOKE,
+        examples="  edge-fleet devices revoke door-cam-7\n",
+    )
+    revoke.set_defaults(run=_revoke, doing="revoke a device")
+    revoke.add_argument("device", metavar="DEVICE", help="its name")
+    revoke.add_argument("--undo", action="store_true", help="take that back")
+    revoke.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def which_devices(parser: argparse.ArgumentParser) -> None:
@@ -200,6 +217,7 @@ def _device_lines(document: Mapping[str, Any]) -> list[tuple[str, object]]:
         ("device", document["device"]),
         ("key id", fingerprint(document["keyid"])),
         ("enrolled", f"{document['enrolled']} as number {document['epoch']} ({document['origin']})"),
+        ("revoked", document["revoked"]),
         ("certificate", f"until {document['certificate_until']}" if document["certificate_until"] else ""),
         ("serial", document["serial"]),
         ("obeys", obeys),
@@ -240,6 +258,21 @@ def _groups(options: argparse.Namespace) -> int:
         return 0
     rows = [(f"group={name}", count) for name, count in named.items()]
     table(("FILTER", "DEVICES"), rows + [(f"{field}={value}", count) for field, value, count in counted], right=(1,))
+    return 0
+
+
+def _revoke(options: argparse.Namespace) -> int:
+    with opened(options) as fleet:
+        device = fleet.books.registry.device(options.device)
+        if not options.undo:
+            confirm(f"Give the device '{device.name}' no published version any more?", yes=options.yes)
+        now = None if options.undo else device.revoked or iso(fleet.clock.now())
+        with fleet.books.database.transaction():
+            fleet.books.registry.revoke_device(device.name, now)
+    if options.json:
+        print_json({"device": device.name, "revoked": now})
+    else:
+        print(f"{device.name} gets published versions again" if now is None else f"revoked {device.name}")
     return 0
 
 

@@ -27,6 +27,7 @@ from agent.cli.fleet_common import (
     say,
     signers_for,
 )
+from agent.cli.fleet_granting import Granting, add_grant_key
 from agent.cli.fleet_job_list import print_outcomes
 from agent.cli.fleet_keys import read_export
 from agent.cli.fleet_operations import arguments_of, job_rows, register_operations
@@ -38,6 +39,7 @@ from agent.fleet.filters import parse_filters
 from agent.fleet.jobs import Command, Office, export_envelopes, require_op
 from agent.fleet.keys import signatures_missing
 from agent.fleet.overview import job_document, select, tally, views, why
+from agent.trust.envelope import Signer
 from agent.wire.messages import Window
 from agent.wire.ops import Op
 from agent.work.jobs import WindowSpec
@@ -52,6 +54,8 @@ command that talks to the broker, the next ones follow.
 An operation of class destroy needs two people: 'job … --export FILE', then 'keys sign FILE', then 'job submit FILE'.
 """
 _WAIT_S = 3600.0
+#: What is fetched over a slow line must not be given up, and deleted, because of that.
+_STEP_S = {"model.install": 12 * 3600.0}
 _POLL_S = 1.0
 
 
@@ -88,14 +92,20 @@ def _add_options(parser: argparse.ArgumentParser, op: Op) -> None:
     job.add_argument("--window", metavar="CRON", help="begin only in windows that open at such times: '0 2 * * *'")
     job.add_argument("--window-for", type=duration, default=3600.0, metavar="TIME", help="how long one is open (1h)")
     job.add_argument("--window-tz", default="UTC", metavar="ZONE", help="time zone of the windows (UTC)")
-    job.add_argument("--step-timeout", type=duration, default=3600.0, metavar="TIME", help="for one step of it (1h)")
+    step_s = _STEP_S.get(op.name, 3600.0)
+    told = f"for one step of it ({step_s / 3600:g}h)"
+    job.add_argument("--step-timeout", type=duration, default=step_s, metavar="TIME", help=told)
     job.add_argument("--total-timeout", type=duration, default=86_400.0, metavar="TIME", help="for all of it (1d)")
     job.add_argument("--this-start", action="store_true", help="not if the device has restarted meanwhile")
     job.add_argument("--id", metavar="NAME", help="an id of one's own (default: made of the time)")
     signing = parser.add_argument_group("signing")
     signing.add_argument("--sign", action="append", metavar="KEY", help="sign with this key; may be repeated")
     signing.add_argument("--export", type=Path, metavar="FILE", help="write it for others to sign; nothing is sent")
+    job.add_argument(
+        "--to-file", type=Path, metavar="FILE", help="write it, to be carried there (job.json); of one --device"
+    )
     signing.add_argument("--yes", action="store_true", help="do not ask")
+    add_grant_key(parser, op)
     _waiting(parser)
 
 
@@ -108,6 +118,10 @@ def _give(options: argparse.Namespace) -> int:
         raise UsageError(f"cannot give '{row.name}': say which devices", hint="--device NAME, --where FILTER or --all")
     if options.wait and options.export:
         raise UsageError("cannot wait for an exported job: it is given by 'edge-fleet job submit FILE'")
+    if options.to_file and (options.export or options.wait or options.where or len(options.device or ()) != 1):
+        raise UsageError("cannot write the job: --to-file takes one --device, and neither --export, --wait nor --where")
+    if getattr(options, "grant_key", None) and len(options.device or ()) != 1:
+        raise UsageError("cannot seal grants: --grant-key is of one --device")
     with opened(options) as fleet:
         command = _command(options, row, fleet)
         rows, signers = signers_for(fleet, options, [row.kind])
@@ -117,18 +131,52 @@ def _give(options: argparse.Namespace) -> int:
                 f"cannot give '{row.name}': class {row.kind} needs {missing} more signature of another key",
                 hint="add --export FILE; another person: edge-fleet keys sign FILE; then: edge-fleet job submit FILE",
             )
+        granting = Granting(fleet, options, command)
+        if options.to_file is not None:
+            return _carried(fleet, options, command, signers, granting)
         with Desk(fleet.folder, fleet.settings, fleet.books, fleet.clock) as desk:
-            devices = _meant(fleet, options, desk, fresh=row.kind == "destroy" or command.this_start)
+            fresh = row.kind == "destroy" or command.this_start or granting.is_needed
+            devices = _meant(fleet, options, desk, fresh=fresh)
             _agree(options, row, command, devices)
-            office = Office(fleet.books, fleet.settings.tenant)
-            named = [fleet.books.registry.device(name) for name in devices]
-            job_id, documents = office.give(
-                command, named, signers, fleet.clock.now(), draft=options.export is not None, job_id=options.id
-            )
+            job_id, documents = _given(fleet, options, command, devices, signers, granting)
             if options.export is not None:
                 return _export(options, job_id, documents)
             desk.ring(devices)
             return _end(fleet, options, desk, job_id, devices)
+
+
+def _given(
+    fleet: Opened,
+    options: argparse.Namespace,
+    command: Command,
+    devices: Sequence[str],
+    signers: Sequence[Signer],
+    granting: Granting,
+) -> tuple[str, list[Document]]:
+    named = [fleet.books.registry.device(name) for name in devices]
+    office = Office(fleet.books, fleet.settings.tenant)
+    return office.give(
+        command,
+        named,
+        signers,
+        fleet.clock.now(),
+        draft=options.export is not None,
+        job_id=options.id,
+        own=granting.arguments(named),
+    )
+
+
+def _carried(
+    fleet: Opened, options: argparse.Namespace, command: Command, signers: Sequence[Signer], granting: Granting
+) -> int:
+    """Write the document of one device; the broker is not asked."""
+    job_id, (document,) = _given(fleet, options, command, options.device, signers, granting)
+    write_atomically(options.to_file, document.envelope)
+    if options.json:
+        print_json({"job": job_id, "file": str(options.to_file), "devices": [document.device]})
+    else:
+        print(f"wrote job {job_id} for {document.device} to {options.to_file}")
+    return 0
 
 
 def _command(options: argparse.Namespace, row: Op, fleet: Opened) -> Command:

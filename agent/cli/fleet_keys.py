@@ -30,7 +30,7 @@ from agent.cli.fleet_common import (
     table,
 )
 from agent.cli.fleet_repository import add_places
-from agent.cli.fleet_role_keys import is_role_key, register_rotate, revoke_role_key
+from agent.cli.fleet_role_keys import is_role_key, register_publish, register_rotate, revoke_role_key
 from agent.cli.terminal import print_json
 from agent.fleet import keys as keyring
 from agent.fleet.authority import Kind
@@ -59,7 +59,7 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
         commands,
         common,
         "keys",
-        "the keys that devices obey: list, add, revoke, rotate, export, sign",
+        "the keys that devices obey: list, add, revoke, publish, rotate, export, sign",
         about="A device obeys the keys that there are when it is enrolled, each in the classes of operations (observe, "
         "change, destroy) that it was given. destroy needs two keys, best of two people in two folders.",
     )
@@ -90,8 +90,8 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
         "revoke",
         "use a key no more",
         about="It signs nothing here any more and is left out of enrolments to come. Devices that were enrolled with "
-        "it go on obeying it until they are enrolled again. A key of the repository (ROLE-N) is taken out of its role, "
-        "which devices learn by themselves.",
+        "it go on obeying it until 'keys publish' tells them, or a new enrolment. A key of the repository (ROLE-N) is "
+        "taken out of its role, which devices learn by themselves.",
         examples="  edge-fleet keys revoke ann\n  edge-fleet keys revoke models-1 --keys /media/stick\n",
     )
     revoke.set_defaults(run=_revoke, doing="revoke a key")
@@ -99,6 +99,7 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
     revoke.add_argument("--yes", action="store_true", help="do not ask")
     add_places(revoke)
     register_rotate(actions, common)
+    register_publish(actions, common)
     export = manual(
         actions, common, "export", "print a public key", examples="  edge-fleet keys export bob | tee bob.pub\n"
     )
@@ -200,7 +201,7 @@ def _add(options: argparse.Namespace) -> int:
         print(f"added {row.name} ({fingerprint(row.keyid)}) for {', '.join(row.classes)}")
         print(f"public key: {row.public}")
     if waiting:
-        say("note: devices that are enrolled already do not obey it until they are enrolled again")
+        say("note: devices that are enrolled already do not obey it before 'keys publish', or a new enrolment")
     return 0
 
 
@@ -223,7 +224,7 @@ def _revoke(options: argparse.Namespace) -> int:
     else:
         print(f"revoked {options.name}")
     if obeying:
-        say(f"warning: {len(obeying)} enrolled devices obey it until they are enrolled again")
+        say(f"warning: {len(obeying)} enrolled devices obey it until 'keys publish' tells them, or a new enrolment")
     return 0
 
 

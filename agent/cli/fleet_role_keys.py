@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from agent.base.errors import NotFoundError
 from agent.cli.commands import Commands
-from agent.cli.fleet_common import UsageError, confirm, manual, new_password, say
+from agent.cli.fleet_common import UsageError, confirm, manual, new_password, opened, say
 from agent.cli.fleet_repository import add_places, changing
 from agent.cli.terminal import print_json
 from agent.fleet.folder import Folder
@@ -41,6 +41,22 @@ def register_rotate(actions: Commands, common: argparse.ArgumentParser) -> None:
     add_places(rotate)
 
 
+def register_publish(actions: Commands, common: argparse.ArgumentParser) -> None:
+    """Add ``keys publish``."""
+    publish = manual(
+        actions,
+        common,
+        "publish",
+        "tell devices which keys to obey, by the repository",
+        about="The keys that sign jobs, with their classes and without those that were revoked, become a target of the "
+        "repository. Devices adopt it when they look there next, for an installation or by their plan: what they were "
+        "enrolled with counts no more then. The role targets signs it.",
+        examples="  edge-fleet keys publish --keys /media/stick --to /srv/www/models\n",
+    )
+    publish.set_defaults(run=_publish, doing="publish keys")
+    add_places(publish)
+
+
 def is_role_key(name: str, folder: Folder) -> bool:
     """Whether a name is that of a repository's key."""
     return _NAME.fullmatch(name) is not None and (folder.role_keys / f"{name}.pub").exists()
@@ -58,6 +74,21 @@ def revoke_role_key(options: argparse.Namespace) -> int:
         print_json({"name": name, "role": role, "revoked": True})
     else:
         print(f"revoked {name}: it signs for {role} no more")
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    with opened(options) as fleet, changing(options) as repository:
+        from agent.fleet.keytable import publish_keys  # noqa: PLC0415 - brings in tuf
+
+        done = publish_keys(repository, fleet.books, fleet.settings.tenant)
+    names = [key.name for key in done.table.keys.values()]
+    if options.json:
+        print_json({"version": done.table.version, "again": done.again, "keys": names})
+    elif done.again:
+        print(f"these keys are published already, as version {done.table.version}")
+    else:
+        print(f"published keys, version {done.table.version}: {', '.join(names)}")
     return 0
 
 

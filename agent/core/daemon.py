@@ -37,6 +37,7 @@ from agent.core.cache_api import CacheApi
 from agent.core.device import look_at_device
 from agent.core.governing import Governing
 from agent.core.guarding import Guarding
+from agent.core.incoming_api import IncomingApi
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
 from agent.core.link_api import LinkApi, NoFleet
 from agent.core.measuring import Measuring
@@ -65,6 +66,7 @@ from agent.serve.server import Server
 from agent.store.document import CatalogDocument
 from agent.store.keys import DeviceKeys
 from agent.store.store import Store
+from agent.trust.desk import Desk
 
 if TYPE_CHECKING:
     from agent.core.fleet import Fleet
@@ -102,6 +104,8 @@ class Core:
         self._rules = model_rules(config)
         self._fleet: Fleet | None = None
         self._no_fleet = NoFleet()
+        self._desk = Desk()
+        self._incoming = IncomingApi(self._desk, lambda: self.config.delivery)
 
     async def run(self) -> None:
         """Start, serve until told to stop, drain, stop. Raises AgentError when it cannot start."""
@@ -216,6 +220,7 @@ class Core:
             clock=clock,
             ask=self._ask,
             certificate_ends=lambda: self._fleet.certificate_ends if self._fleet is not None else None,
+            look=lambda go_on: self._fleet.look(go_on) if self._fleet is not None else None,
             ran=self._guarding.quality.ran,
             kept=self._guarding.quality.flush,
         )
@@ -231,6 +236,8 @@ class Core:
             watcher=self._guarding.probations,
             device=self._device,
             runtimes=self._runtimes,
+            view=self._measuring.view,
+            desk=self._desk,
             file_config=lambda: self._config,
             hold=self._hold,
             status=self._status,
@@ -280,7 +287,8 @@ class Core:
         kept = CacheApi(
             engine.caches, engine.hottest, engine.clear_cache, lambda name: name in self._store.document.models
         )
-        rows = [*api.routes(), *kept.routes(), *LinkApi(lambda: self._fleet or self._no_fleet).routes()]
+        link = LinkApi(lambda: self._fleet or self._no_fleet)
+        rows = [*api.routes(), *kept.routes(), *link.routes(), *self._incoming.routes()]
         self._admin = admin_server(rows, link_uid=uid_of(config.sockets.link_user), limits=_ADMIN_LIMITS)
         passed = adopt_sockets(self._handover.descriptors, {"infer", "admin"})
         for name, server, path, group in (
@@ -304,6 +312,7 @@ class Core:
             _LOG.warning("profile ignored: %s", problem)
         self._upkeep.start()
         self._governing.start()
+        self._incoming.start()
         if self._fleet is not None:
             self._fleet.start()
         took = time.monotonic() - self._started
@@ -331,6 +340,7 @@ class Core:
             self._governing.stop()
         if self._fleet is not None:
             self._fleet.stop()
+        self._incoming.stop()
         self._operations.stop()  # first, or the admin socket would drain for as long as a trial lasts
         servers = [server for server in (getattr(self, "_infer", None), getattr(self, "_admin", None)) if server]
         await asyncio.gather(*(server.drain(self._config.server.drain_s) for server in servers))
@@ -405,6 +415,7 @@ class Core:
         self._rules.replace(model_rules(config))
         self._upkeep.reload()
         self._governing.reload()
+        self._incoming.wake()
         if config.models != self._models_set:
             self._put(self._store.document, config)
             self._reviews.start()  # joining requests is tried where it is wanted now

@@ -13,6 +13,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from agent.base.config import LinkConfig
 from agent.base.errors import AgentError, PeerError
 from agent.store.document import CatalogDocument
 from agent.store.store import Store
-from agent.trust.allegiance import Allegiance, load, public_key, trusted_keys
+from agent.trust.allegiance import Allegiance, load, public_key, shipped_root, trusted_keys
 from agent.trust.envelope import EnvelopeError, PublicKey, Signer, open_envelope
 from agent.wire.messages import Enrolment, decode
 
@@ -34,6 +35,8 @@ class Enroller:
         self._file = trust_file
         self._store = store
         self._base: Allegiance | None = None
+        #: As the file and the enrolment say, before the repository brought later keys.
+        self._enrolled_as: Allegiance | None = None
         self.allegiance: Allegiance | None = None
         self.signer: Signer | None = None
         #: PEM of the certificate that the enrolment brought, for link.
@@ -45,11 +48,11 @@ class Enroller:
         """Look at the file and the catalog. A wrong file leaves the device without a fleet, and is told."""
         self.problem = self.certificate = ""
         try:
-            self._base = self.allegiance = load(self._file)
+            self._base = self._enrolled_as = self.allegiance = load(self._file)
             if self._base is not None:
                 self.signer = Signer(self._identity())
         except AgentError as error:
-            self._base = self.allegiance = None
+            self._base = self._enrolled_as = self.allegiance = None
             self.problem = str(error)
             _LOG.error("no fleet: %s", error)
         if self._base is None:
@@ -57,9 +60,27 @@ class Enroller:
         if self._base.device is None and (kept := self._store.document.fleet.enrolment):
             try:
                 document = self._verified(base64.b64decode(kept))
-                self.allegiance, self.certificate = self._enrolled(document), document.certificate
+                self._enrolled_as, self.certificate = self._enrolled(document), document.certificate
             except AgentError as error:  # enrolled under another key: the file was replaced, the device waits anew
                 _LOG.warning("the enrolment no longer holds: %s", error)
+        self.obey()
+
+    def obey(self) -> None:
+        """Obey the keys that the repository brought, where they are later than those of the enrolment."""
+        known, delivery = self._enrolled_as, self._store.document.delivery
+        self.allegiance = known
+        if known is None or known.device is None or not delivery.job_keys:
+            return
+        from agent.trust.jobkeys import parse_table  # noqa: PLC0415 - most fleets publish none
+
+        try:
+            root, table = shipped_root(self._file), parse_table(delivery.job_keys.encode())
+        except AgentError as error:
+            _LOG.error("the repository's keys for jobs are passed over: %s", error)
+            return
+        is_ours = root is not None and hashlib.sha256(root).hexdigest() == delivery.root
+        if is_ours and table.tenant == known.tenant and table.version > known.keys_version:
+            self.allegiance = replace(known, keys=table.keys, keys_version=table.version)
 
     def accept(self, data: bytes, require_later: Callable[[str, str, int], None]) -> Enrolment:
         """Be enrolled by an envelope: durable when this returns. EnvelopeError, PeerError.
@@ -70,7 +91,7 @@ class Enroller:
             raise EnvelopeError("wrong_topic", "this device's trust.toml does not wait for an enrolment")
         document = self._verified(data)
         text = base64.b64encode(data).decode()
-        if text == self._store.document.fleet.enrolment and self.allegiance is not self._base:
+        if text == self._store.document.fleet.enrolment and self._enrolled_as is not self._base:
             return document
         known = self.allegiance.epoch if self.allegiance is not None else 0
         if document.epoch <= known:
@@ -84,7 +105,8 @@ class Enroller:
             return catalog.model_copy(update={"fleet": catalog.fleet.model_copy(update={"enrolment": text})})
 
         self._store.commit(change)
-        self.allegiance, self.certificate = allegiance, document.certificate
+        self._enrolled_as, self.certificate = allegiance, document.certificate
+        self.obey()
         return document
 
     def _identity(self) -> bytes:
@@ -120,7 +142,8 @@ class Enroller:
             keys = trusted_keys([(key.name, key.public, key.classes) for key in document.keys])
         except (ValueError, binascii.Error) as error:
             raise PeerError(f"cannot be enrolled: {error}") from error
-        return Allegiance(document.tenant, document.device, document.epoch, keys)
+        version = document.keys_version or 0
+        return Allegiance(document.tenant, document.device, document.epoch, keys, keys_version=version)
 
 
 def identity_text(signer: Signer) -> str:
@@ -177,6 +200,7 @@ def describe(allegiance: Allegiance | None, signer: Signer | None) -> dict[str, 
         "tenant": allegiance.tenant if allegiance else None,
         "device": allegiance.device if allegiance else None,
         "epoch": allegiance.epoch if allegiance else 0,
+        "keys_version": allegiance.keys_version if allegiance else 0,
         "keys": [
             {"name": key.name, "keyid": keyid, "classes": sorted(key.classes)}
             for keyid, key in sorted((allegiance.keys if allegiance else {}).items())

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any
 
 from agent.base.config import Config
@@ -36,8 +37,10 @@ from agent.core.within import Within
 from agent.hardware.sensors import read_sensors
 from agent.operations.configure import RemoteConfig
 from agent.operations.jobs import Around, Jobs
+from agent.operations.origin import Origin
 from agent.selection.inventory import inventory_document
 from agent.store.store import Store
+from agent.trust.allegiance import shipped_root
 from agent.trust.envelope import EnvelopeError, open_envelope
 from agent.work.jobs import Lane, Order, Refusal
 from agent.work.runner import Runner
@@ -83,6 +86,15 @@ class Fleet:
         self._jobs: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inventory: dict[str, Any] = {}
+        self._origin = Origin(
+            desk=within.desk,
+            metadata=paths.repository,
+            root=lambda: shipped_root(paths.trust_file),
+            clock=self.clock,
+            device=lambda: (self.enroller.allegiance and self.enroller.allegiance.device) or "",
+            view=within.view,
+            keys_changed=self._soon(self._keys_changed),
+        )
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -141,6 +153,7 @@ class Fleet:
             restart=lambda: self._on_loop(within.restart),
             reboot=within.reboot,
             stay=within.stay,
+            origin=self._origin,
             watcher=within.watcher,
         )
         handlers = Jobs(around).handlers()
@@ -189,6 +202,15 @@ class Fleet:
             lambda: self._reporting.is_enrolled,
         )
 
+    def look(self, go_on: Callable[[], None]) -> Mapping[str, datetime] | None:
+        """Bring what is known of the operator's repository up to date; on the operations' thread."""
+        allegiance = self.enroller.allegiance
+        if allegiance is None or allegiance.device is None or self._origin.root() is None:
+            return None
+        from agent.operations.believed import Believed  # noqa: PLC0415 - once a day
+
+        return Believed(self._store, self._origin, go_on).refresh()
+
     def _streams(self) -> dict[str, Callable[[], Mapping[str, Any] | None]]:
         within = self._within
         return {
@@ -232,6 +254,10 @@ class Fleet:
             self._change_allegiance()
         self._telemetry.wake()
         self._begin()
+
+    def _keys_changed(self) -> None:
+        self.enroller.obey()
+        self.changed()
 
     def _change_allegiance(self) -> None:
         self._reporting.forget()
@@ -327,7 +353,18 @@ class Fleet:
         return self.link.connected(self.link_settings()["version"])
 
     def _info(self) -> dict[str, Any]:
-        return {"facts": self._facts(), "profile": self._within.device.profile.id, "inventory": self._inventory}
+        allegiance = self.enroller.allegiance
+        return {
+            "facts": self._facts(),
+            "profile": self._within.device.profile.id,
+            "inventory": self._inventory,
+            "grant": self._recipients(),
+            "keys_version": (allegiance and allegiance.keys_version) or None,
+        }
+
+    def _recipients(self) -> list[str]:
+        """To whom grants for this device may be sealed, the key in use first."""
+        return [identity.recipient().text() for identity in self._store.grant_identities]
 
     def _reported(self) -> dict[str, Any]:
         models = reported_models(self._store.document, self._within.quality)
@@ -448,7 +485,7 @@ class Fleet:
     def status(self) -> dict[str, Any]:
         """For ``status``."""
         return {
-            "fleet": describe(self.enroller.allegiance, self.enroller.signer),
+            "fleet": describe(self.enroller.allegiance, self.enroller.signer) | {"grant": self._recipients()},
             "boot_nonce": self.boot_nonce,
             "link": self.link.shown() if self.link_settings()["state"] != "off" else None,
             "config_state": self.remote.entry.state,

@@ -20,7 +20,7 @@ from agent.serve.routes import Route
 if TYPE_CHECKING:
     from agent.core.outgoing import Message
 
-_MOST_WAIT_S = 60.0
+MOST_WAIT_S = 60.0
 _MOST_IDS = 4096
 #: The largest packet that link takes: an envelope that is too large is refused by whoever counts refusals.
 _MOST_BODY = 128 << 10
@@ -113,7 +113,7 @@ class LinkApi:
         return [
             row("GET", "settings", lambda request: json_response(self._fleet.link_settings())),
             row("POST", "received", self._received),
-            row("GET", "outgoing", self._outgoing, _MOST_WAIT_S + 15),
+            row("GET", "outgoing", self._outgoing, MOST_WAIT_S + 15),
             row("POST", "confirmed", self._confirmed),
             row("POST", "state", self._state),
             row("POST", "csr", self._csr),
@@ -126,7 +126,7 @@ class LinkApi:
 
     async def _outgoing(self, request: Request) -> Response:
         options = request.options()
-        cursor, messages = await self._fleet.outgoing(options.get("after", ""), _wait(options))
+        cursor, messages = await self._fleet.outgoing(options.get("after", ""), wait_of(options))
         settings = self._fleet.link_settings()
         return json_response(
             {
@@ -159,11 +159,12 @@ class LinkApi:
         return json_response({})
 
 
-def _wait(options: Mapping[str, str]) -> float:
+def wait_of(options: Mapping[str, str]) -> float:
+    """``wait_s`` of a question that may be kept waiting. PeerError."""
     text = options.get("wait_s", "0")
     if not text.replace(".", "", 1).isdecimal() or len(text) > 8:
         raise PeerError("cannot read request: 'wait_s' must be a number of seconds")
-    return min(float(text), _MOST_WAIT_S)
+    return min(float(text), MOST_WAIT_S)
 
 
 def _bounded(document: Mapping[str, Any]) -> dict[str, Any]:

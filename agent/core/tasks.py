@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from agent.base.clock import TrustedClock
+from agent.base.clock import TrustedClock, iso
 from agent.base.errors import AgentError
 from agent.operations.drift import Recheck, recheck
 from agent.operations.install import Installer
 from agent.operations.maintain import Maintenance
 from agent.operations.plan import GoOn, Result, Task
 from agent.store.store import Store
+from agent.trust.wants import DelayError
 
 _LEAST_FREE = 0.05
 #: JEDEC eMMC: life_time is in tenths of the rated wear (0x0a = 90 to 100 %), pre_eol 3 is urgent.
@@ -25,6 +27,7 @@ _WORN = 9
 class Means:
     """What the tasks use. ``ask`` runs arrays through what serves a model; ``certificate_ends`` is link's word.
 
+    ``look`` brings the repository's metadata up to date: when each role ends, or None where there is none.
     ``ran`` keeps what came of a golden set, ``kept`` has it written.
     """
 
@@ -34,6 +37,7 @@ class Means:
     clock: TrustedClock
     ask: Callable[[str, str, Mapping[str, Any]], Mapping[str, Any]]
     certificate_ends: Callable[[], str | None]
+    look: Callable[[GoOn], Mapping[str, datetime] | None]
     ran: Callable[[str, str, Recheck], None] = lambda model, version, found: None
     kept: Callable[[], None] = lambda: None
 
@@ -50,6 +54,7 @@ def tasks(means: Means) -> list[Task]:
         Task("ages", "ages of keys and certificate", lambda c: c.ages_h, lambda go_on: _ages(means)),
         Task("disk", "free space and wear", lambda c: c.disk_h, lambda go_on: _disk(means.store.root)),
         Task("clock", "whether the clock can be trusted", lambda c: c.clock_h, lambda go_on: _clock(means.clock)),
+        Task("repository", "what the operator publishes", lambda c: c.repository_h, lambda go_on: _look(means, go_on)),
     ]
 
 
@@ -136,6 +141,19 @@ def flash_wear(root: Path = Path("/sys")) -> dict[str, int]:
         except (OSError, ValueError):
             continue
     return found
+
+
+def _look(means: Means, go_on: GoOn) -> Result:
+    """A repository that cannot be reached is no fault of the device's; one that is not to be believed must be told."""
+    try:
+        ends = means.look(go_on)
+    except DelayError as error:
+        go_on()
+        return Result(True, f"not looked at: {error.code}", {"reason": str(error)})
+    if ends is None:
+        return Result(True, "there is none for this device", {})
+    until = {role: iso(moment) for role, moment in ends.items()}
+    return Result(True, f"holds until {min(until.values())}", {"until": until})
 
 
 def _clock(clock: TrustedClock) -> Result:

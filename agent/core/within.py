@@ -12,7 +12,9 @@ from agent.core.health import Finding
 from agent.core.operating import Operations
 from agent.operations.install import Installer
 from agent.operations.maintain import Maintenance
+from agent.operations.measured import DeviceView
 from agent.operations.probation import Watcher
+from agent.trust.desk import Desk
 
 if TYPE_CHECKING:
     from agent.infer.runtimes.probe import Runtimes
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
 class Within:
     """``hold`` puts a configuration into force, on the event loop's thread; ``findings`` are those that core makes.
 
-    ``figures`` are of this process, ``governor`` its levels, ``statistics`` the document of inference, ``quality`` how
-    well a version answers; ``diagnose`` all checks and slow.
+    ``view`` is the device as choices see it, ``desk`` where anything is wanted from outside. ``figures`` are of this
+    process, ``governor`` its levels, ``statistics`` the document of inference, ``quality`` how well a version answers;
+    ``diagnose`` all checks and slow.
     """
 
     operations: Operations
@@ -32,6 +35,8 @@ class Within:
     watcher: Watcher
     device: Device
     runtimes: Runtimes
+    view: DeviceView
+    desk: Desk
     file_config: Callable[[], Config]
     hold: Callable[[Config], None]
     status: Callable[[], dict[str, Any]]

@@ -32,7 +32,9 @@ USAGE: Mapping[str, Usage] = {
     "logs.tail": Usage("the last lines of the agent's log", {"lines": "whole"}),
     "diagnostics.collect": Usage("state, configuration and log in a small archive without secrets"),
     "model.install": Usage(
-        "let a version that was added on the device answer", {"model": "text", "version": "text"}, ("model", "version")
+        "install a published version, or let one that was added on the device answer",
+        {"model": "text", "version": "text"},
+        ("model", "version"),
     ),
     "model.activate": Usage(
         "let an installed version answer", {"model": "text", "version": "text"}, ("model", "version")

@@ -325,6 +325,14 @@ class Broker:
             self._wait(lambda: all(mid in self._published for mid in mids), "publish", len(mids))
             return [self._published.pop(mid) for mid in mids]
 
+    def send(self, topic: str, payload: bytes) -> bool:
+        """Publish with QoS 0, and wait until it is on its way; whether it is. Nobody answers for its arrival."""
+        info = self._require_client().publish(topic, payload, qos=0)
+        if info.rc != 0:  # not connected: paho would keep it, and nobody bounds how much
+            return False
+        info.wait_for_publish(_ANSWER_S)
+        return bool(info.is_published())
+
     def _wait(self, done: Any, what: str, count: int = 1) -> None:
         """For the broker's answer, as long as there are any: a thousand publications may take their time."""
         deadline = time.monotonic() + _ANSWER_S

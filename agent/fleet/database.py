@@ -52,6 +52,10 @@ MIGRATIONS = (
         payload_size INTEGER NOT NULL, size INTEGER NOT NULL, sha256 TEXT NOT NULL, header BLOB NOT NULL,
         PRIMARY KEY(model, version, part));
     """,
+    """
+    ALTER TABLE devices ADD COLUMN revoked TEXT;
+    CREATE TABLE key_tables(version INTEGER PRIMARY KEY, document BLOB NOT NULL, published TEXT NOT NULL)
+    """,
 )
 _BUSY_S = 20.0
 

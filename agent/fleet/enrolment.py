@@ -29,11 +29,15 @@ _LEAST_KEYID = 4
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """What came of an enrolment. ``certificate`` is PEM, "" where none was asked for."""
+    """What came of an enrolment. ``certificate`` is PEM, "" where none was asked for.
+
+    ``keys_version`` is that of the latest table of keys: a device that has an earlier one takes these keys.
+    """
 
     device: Device
     certificate: str
     keys: tuple[KeyRow, ...]
+    keys_version: int = 0
 
 
 def find_announced(announced: Sequence[Announced], keyid: str) -> Announced:
@@ -87,7 +91,8 @@ def enrol(
         )
         books.registry.enrol(device, announced.identity)
         books.words.withdraw_announcement(announced.keyid)
-    return Enrolled(device, certificate, keys)
+        table = books.registry.last_table()
+    return Enrolled(device, certificate, keys, table.version if table is not None else 0)
 
 
 def _require_free(books: Books, name: str, identity: str, *, replaced: bool) -> None:
@@ -115,6 +120,7 @@ def seal_enrolment(enrolled: Enrolled, tenant: str, signer: Signer) -> bytes:
         identity=base64.b64encode(device.identity.raw).decode(),
         certificate=enrolled.certificate,
         keys=[SigningKey(name=key.name, public=key.public, classes=list(key.classes)) for key in enrolled.keys],
+        keys_version=enrolled.keys_version or None,
     )
     return seal(Enrolment.KIND, message.encode(), [signer])
 
@@ -136,6 +142,8 @@ def trust_for_device(enrolled: Enrolled, tenant: str) -> str:
         f"device = {_quoted(device.name)}",
         f"epoch = {device.epoch}",
     ]
+    if enrolled.keys_version:
+        lines.append(f"keys_version = {enrolled.keys_version}")
     for key in enrolled.keys:
         classes = ", ".join(_quoted(kind) for kind in key.classes)
         lines += ["", "[[keys]]", f"name = {_quoted(key.name)}", f"public = {_quoted(key.public)}"]

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from agent.base.errors import PeerError
 from agent.bundles.manifest import Manifest
 from agent.hardware.facts import Facts
-from agent.hardware.profiles import FALLBACK, Profile
+from agent.hardware.profiles import FALLBACK, Profile, memory_budget_mb
 from agent.selection.explanation import explain
 from agent.selection.inventory import InstalledRuntime, RuntimeInventory
 from agent.selection.prior import rank_by_prior
@@ -88,6 +88,18 @@ def fit(manifest: Manifest, device: str, info: Mapping[str, Any] | None) -> Fit:
     usable = accepted(verdicts)
     document = explain(manifest, verdicts, rank_by_prior(usable, facts, profile), None, facts, profile)
     return Fit(device, runs=bool(usable), explanation=document)
+
+
+def usable_variants(manifest: Manifest, info: Mapping[str, Any]) -> frozenset[str] | None:
+    """The variants that a device could run, whatever memory is free at the moment; None where that cannot be told."""
+    try:
+        facts = facts_from_document(info["facts"])
+        profile = profile_from_document(info["facts"], facts)
+        inventory = inventory_from_document(info["inventory"])
+    except (PeerError, KeyError):
+        return None
+    verdicts = candidates(manifest, facts, profile.providers, inventory, memory_budget_mb(facts, profile))
+    return frozenset(each.variant_id for each in accepted(verdicts))
 
 
 def facts_from_document(document: Mapping[str, Any]) -> Facts:

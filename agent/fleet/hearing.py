@@ -128,6 +128,8 @@ class Hearing:
         payload = info.model_dump(mode="json")
         self._words.hear(device.name, "info", now, payload)
         self._documents.taken(device.name, device.epoch, info.last_generation)
+        if info.keys_version is not None:
+            self._registry.obeys_table(device.name, info.keys_version)
         return Event("info", device.name, payload, info)
 
     def _reported(self, device: Device, _: str, data: bytes, now: str) -> Event | None:

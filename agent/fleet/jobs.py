@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -73,11 +74,12 @@ class Office:
         *,
         draft: bool = False,
         job_id: str | None = None,
+        own: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> tuple[str, list[Document]]:
         """Sign a job for each device and store it; the id, which is the same on all. Nothing is published here.
 
-        As ``draft`` it may still lack signatures. PeerError for what cannot be a job, RefusedError for what a device
-        would refuse, ConflictError for an id that is taken.
+        ``own`` are further arguments, by device. As ``draft`` it may still lack signatures. PeerError for what cannot
+        be a job, RefusedError for what a device would refuse, ConflictError for an id that is taken.
         """
         row = require_op(command.op)
         _require_json(command.args)
@@ -89,7 +91,8 @@ class Office:
                 if not draft:
                     require_obeyed(device, row, [signer.keyid for signer in signers])
                 generation, seq = self._registry.next_numbers(device.name)
-                job = self._job(command, row, job_id, seq, device)
+                meant = replace(command, args={**command.args, **own.get(device.name, {})})
+                job = self._job(meant, row, job_id, seq, device)
                 documents.append(self._store(device, generation, job, (), signers, now, draft=draft))
         return job_id, documents
 
@@ -357,4 +360,6 @@ def _sealed(message: JobDocument, signers: Sequence[Signer]) -> bytes:
     try:
         return seal(JobDocument.KIND, message.encode(), signers)
     except ValueError as error:
-        raise TooLargeError(f"cannot give job: {error}") from error
+        raise TooLargeError(
+            f"cannot give job: {error}", hint="shorter arguments, or a version of fewer files"
+        ) from error

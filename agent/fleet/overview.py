@@ -37,6 +37,7 @@ def _view(device: Device, said: Mapping[str, Word | None], alerts: int) -> dict[
         "enrolled": device.enrolled,
         "certificate_until": device.certificate_until,
         "serial": device.serial,
+        "revoked": device.revoked,
         "heard": max(heard, default=None),
         "alerts": alerts,
         **{kind: None if word is None else dict(word.payload) for kind, word in said.items()},

@@ -167,11 +167,12 @@ def file_key_of(payload: Payload, identity: Identity) -> bytes:
         raise DamagedError(f"cannot open the key of {payload.part} {payload.payload[:16]}: {error}") from error
 
 
-def copy_site(site: Path, out: Path) -> int:
+def copy_site(site: Path, out: Path, wanted: Callable[[str], bool] = lambda name: True) -> int:
     """Make ``out`` what ``site`` is, in an order in which readers of it are never wrong; how many files were copied.
 
     Targets first, then the metadata that names them, the timestamp last; only then what is named no more goes.
-    ConflictError where ``out`` holds something else, OSError.
+    ``wanted`` leaves targets out, by their names below the folder of targets. ConflictError where ``out`` holds
+    something else, OSError.
     """
     first = out / METADATA / "1.root.json"
     is_ours = first.is_file() and _same_bytes(site / METADATA / "1.root.json", first)
@@ -182,7 +183,7 @@ def copy_site(site: Path, out: Path) -> int:
     for folder in (out, out / METADATA, out / TARGETS):
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     copied = 0
-    targets = _files(site / TARGETS)
+    targets = [name for name in _files(site / TARGETS) if wanted(name)]
     for name in targets:
         copied += _copy(site / TARGETS / name, out / TARGETS / name, same=_same_size)
     order = {"targets": 0, "models": 0, "root": 1, "snapshot": 2, "timestamp": 3}

@@ -12,6 +12,7 @@ from agent.base.errors import ConflictError, NotFoundError
 from agent.fleet.database import Database
 from agent.fleet.keys import KeyRow
 from agent.trust.envelope import PublicKey
+from agent.trust.jobkeys import JobKeys, parse_table
 from agent.wire.ops import CLASSES
 
 
@@ -19,7 +20,8 @@ from agent.wire.ops import CLASSES
 class Device:
     """A device that is enrolled. ``obeys`` maps the keyids it was told of to the classes that each may sign.
 
-    ``generation``, ``seq`` and ``desired`` are the last numbers given out in this enrolment.
+    ``generation``, ``seq`` and ``desired`` are the last numbers given out in this enrolment. ``revoked``: since when it
+    gets no key of any payload.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Device:
     generation: int = 0
     seq: int = 0
     desired: int = 0
+    revoked: str | None = None
 
 
 class Registry:
@@ -79,6 +82,25 @@ class Registry:
         done = self._sql.execute("UPDATE keys SET revoked = coalesce(revoked, ?) WHERE name = ?", (now, name))
         if done.rowcount == 0:
             raise NotFoundError(f"cannot revoke '{name}': there is no such key", hint="edge-fleet keys list")
+
+    # -- tables of keys, as the repository has them -------------------------------------------------------------------
+
+    def last_table(self) -> JobKeys | None:
+        """The latest that was published, or is about to be; None where there is none."""
+        row = self._sql.execute("SELECT document FROM key_tables ORDER BY version DESC LIMIT 1").fetchone()
+        return None if row is None else parse_table(row["document"])
+
+    def add_table(self, version: int, document: bytes, now: str) -> None:
+        """Keep a table under its number, which is given once."""
+        self._sql.execute("INSERT INTO key_tables VALUES(?, ?, ?)", (version, document, now))
+
+    def obeys_table(self, name: str, version: int) -> None:
+        """The device says that it obeys the keys of that table. One that was never published says nothing."""
+        row = self._sql.execute("SELECT document FROM key_tables WHERE version = ?", (version,)).fetchone()
+        if row is not None:
+            keys = parse_table(row["document"]).keys
+            obeys = {keyid: [kind for kind in CLASSES if kind in key.classes] for keyid, key in keys.items()}
+            self._sql.execute("UPDATE devices SET obeys = ? WHERE name = ?", (json.dumps(obeys), name))
 
     # -- devices ------------------------------------------------------------------------------------------------------
 
@@ -128,6 +150,10 @@ class Registry:
             (device.name,),
         )
 
+    def revoke_device(self, name: str, now: str | None) -> None:
+        """No grant is made for the device from ``now`` on; None: again."""
+        self._sql.execute("UPDATE devices SET revoked = ? WHERE name = ?", (now, name))
+
     def last_epoch(self, name: str) -> int:
         """The number of the last enrolment under a name, also of a device that was forgotten; 0 for none."""
         row = self._sql.execute("SELECT epoch FROM past WHERE name = ?", (name,)).fetchone()
@@ -167,4 +193,5 @@ def _device(row: sqlite3.Row) -> Device:
         generation=row["generation"],
         seq=row["seq"],
         desired=row["desired"],
+        revoked=row["revoked"],
     )

@@ -193,10 +193,11 @@ class Connection:
         """Published messages that wait for their PUBACK."""
         return len(self._waiting)
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool) -> asyncio.Future[int]:
-        """Publish with QoS 1; the future holds the reason code of the PUBACK, or ``LOST``. ValueError for a bad topic.
+    def publish(self, topic: str, payload: bytes, *, retain: bool, qos: int = 1) -> asyncio.Future[int]:
+        """Publish; the future holds the reason code of the PUBACK, or ``LOST``. ValueError for a bad topic.
 
-        What is larger than the broker takes is answered here: the broker would end the connection for it.
+        What is larger than the broker takes is answered here: the broker would end the connection for it. With QoS 0
+        there is no PUBACK, and the answer is 0 at once.
         """
         answer: asyncio.Future[int] = self._loop.create_future()
         if self.ended.done():
@@ -204,10 +205,12 @@ class Connection:
         elif len(topic.encode()) + len(payload) + 32 > self._max_packet:
             answer.set_result(TOO_LARGE)
         else:
-            info = self._client.publish(topic, payload, qos=1, retain=retain)
+            info = self._client.publish(topic, payload, qos=qos, retain=retain)
             if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 answer.set_result(LOST)
                 self.abort(f"cannot publish: {error_string(info.rc)}")
+            elif qos == 0:
+                answer.set_result(0)
             else:
                 self._waiting[info.mid] = answer, self._loop.time()
         return answer

@@ -17,11 +17,16 @@ from urllib.parse import quote, urlencode
 
 from agent.base.errors import AgentError, DamagedError, TryLaterError
 from agent.link.settings import Outgoing, Settings, parse_outgoing, parse_settings
+from agent.link.sources import Word
+from agent.link.wanted import Listing, Put, parse_listing, parse_put
 
 _TIMEOUT_S = 30.0
 _MAX_ANSWER_BYTES = 16 << 20
 _HEAD_BYTES = 16384
 _KEPT = 4
+_CONFLICT = 409
+#: Core flushes what it is given now and then, and a card takes its time.
+_FLUSH_S = 200.0
 
 
 class CoreAbsentError(TryLaterError):
@@ -34,6 +39,14 @@ class CoreRefusalError(AgentError):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"cannot hand over to core: {status} {text}")
         self.status = status
+
+
+class CoreMovedError(CoreRefusalError):
+    """Core waits for other bytes of a want: those from ``offset`` on."""
+
+    def __init__(self, text: str, offset: int) -> None:
+        super().__init__(_CONFLICT, text)
+        self.offset = offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +74,12 @@ class Core(Protocol):
     async def csr(self, pem: str) -> None: ...
 
     async def enrolment(self, envelope: bytes) -> Verdict: ...
+
+    async def wants(self, known: int | None, wait_s: float) -> Listing: ...
+
+    async def put(self, want: str, offset: int, data: memoryview | bytes, *, last: bool) -> Put: ...
+
+    async def failed(self, want: str, code: Word, text: str) -> None: ...
 
 
 class CoreClient:
@@ -101,6 +120,22 @@ class CoreClient:
     async def enrolment(self, envelope: bytes) -> Verdict:
         """Hand in an enrolment."""
         return _verdict(await self._call("POST", "/v1/link/enrolment", envelope))
+
+    async def wants(self, known: int | None, wait_s: float) -> Listing:
+        """What core wants to be fetched; waits up to ``wait_s`` for another list than the known one."""
+        query = {"wait_s": f"{wait_s:g}", **({} if known is None else {"known": str(known)})}
+        target = "/v1/link/wants?" + urlencode(query)
+        return parse_listing(await self._call("GET", target, timeout_s=wait_s + self._timeout_s))
+
+    async def put(self, want: str, offset: int, data: memoryview | bytes, *, last: bool) -> Put:
+        """Bring bytes of a want, those from ``offset`` on. CoreMovedError when others are waited for."""
+        query = {"offset": str(offset), **({"end": "1"} if last else {})}
+        target = f"/v1/incoming/{quote(want, safe='')}?" + urlencode(query)
+        return parse_put(await self._call("PUT", target, bytes(data), timeout_s=_FLUSH_S))
+
+    async def failed(self, want: str, code: Word, text: str) -> None:
+        """The bytes of a want will not come."""
+        await self._call("POST", f"/v1/incoming/{quote(want, safe='')}/failed", {"code": code, "text": text})
 
     def close(self) -> None:
         """Close the kept connections."""
@@ -172,7 +207,10 @@ def _document(status: int, answer: bytes) -> Any:
         raise DamagedError("cannot read core's answer: not JSON") from error
     if status < 400:
         return document
-    text = document.get("error", "") if isinstance(document, dict) else ""
+    known = document if isinstance(document, dict) else {}
+    text, offset = known.get("error", ""), known.get("offset")
+    if status == _CONFLICT and isinstance(offset, int):
+        raise CoreMovedError(str(text), offset)
     raise CoreRefusalError(status, str(text))
 
 

@@ -109,6 +109,7 @@ def _tune(sock: socket.socket, silence_s: float) -> None:
 
 async def _encrypted(sock: socket.socket, tls: ssl.SSLContext, host: str) -> socket.socket:
     try:
+        sock.getpeername()  # of one that was reset meanwhile, wrap_socket would leave a half-made one behind
         wrapped = tls.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
     except BaseException:
         sock.close()
@@ -119,9 +120,9 @@ async def _encrypted(sock: socket.socket, tls: ssl.SSLContext, host: str) -> soc
             try:
                 wrapped.do_handshake()
             except ssl.SSLWantReadError:
-                await _until(loop.add_reader, loop.remove_reader, wrapped.fileno())
+                await until_ready(loop.add_reader, loop.remove_reader, wrapped.fileno())
             except ssl.SSLWantWriteError:
-                await _until(loop.add_writer, loop.remove_writer, wrapped.fileno())
+                await until_ready(loop.add_writer, loop.remove_writer, wrapped.fileno())
             else:
                 return wrapped
     except BaseException:
@@ -134,7 +135,7 @@ def _wake(ready: asyncio.Future[None]) -> None:
         ready.set_result(None)
 
 
-async def _until(watch: Callable[..., object], unwatch: Callable[[int], object], descriptor: int) -> None:
+async def until_ready(watch: Callable[..., object], unwatch: Callable[[int], object], descriptor: int) -> None:
     """Wait until the descriptor is ready for what ``watch`` watches."""
     ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     watch(descriptor, _wake, ready)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -88,24 +89,35 @@ def tls_context(broker: Broker, chain: tuple[str, str] | None) -> ssl.SSLContext
     """TLS towards ``broker`` with this certificate and key; None without TLS. ConfigError names the file."""
     if not broker.tls:
         return None
-    opened = broker.ca_file or "the system's certificates"
-    try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the certificate and the name in it
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if broker.ca_file:
-            context.load_verify_locations(broker.ca_file)
-        else:
-            context.load_default_certs()
-        if chain:
-            opened = chain[0]
+    context = checking_context(broker.ca_file or "")
+    if chain:
+        with _opening(chain[0]):
             # A password that opens nothing: without one OpenSSL would ask for it on the terminal.
             context.load_cert_chain(*chain, password="")
+    return context
+
+
+def checking_context(ca_file: str) -> ssl.SSLContext:
+    """TLS towards whoever has a certificate of these authorities ("" = the system's). ConfigError names the file."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks the certificate and the name in it
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    with _opening(ca_file or "the system's certificates"):
+        if ca_file:
+            context.load_verify_locations(ca_file)
+        else:
+            context.load_default_certs()
+    return context
+
+
+@contextlib.contextmanager
+def _opening(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"cannot use {opened} for TLS: {getattr(error, 'strerror', None) or error}",
+            f"cannot use {name} for TLS: {getattr(error, 'strerror', None) or error}",
             hint="link's own user must be able to read the CA, the certificate and its key",
         ) from error
-    return context
 
 
 def certificate_end(path: str) -> str | None:

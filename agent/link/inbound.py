@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from agent.base.errors import AgentError, one_line
 from agent.link.connection import RECEIVE_MAXIMUM, Received
 from agent.link.core_client import CoreAbsentError, CoreRefusalError, Verdict
-from agent.wire.topics import parse_topic
+from agent.wire.topics import BLOCKS_DOWN, parse_topic
 
 _LOG = logging.getLogger("edge_agent.link")
 
@@ -37,11 +37,18 @@ class Inbound:
     """What came by one connection. ``stop`` drops what has no verdict yet: it will come again.
 
     ``hold(True)`` is called when nothing more should be read from the connection, ``hold(False)`` when it should again.
+    ``block`` gets blocks of a delivery (transfer, payload): core has no part in them.
     """
 
-    def __init__(self, hand_in: HandIn, hold: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        hand_in: HandIn,
+        hold: Callable[[bool], None],
+        block: Callable[[str, bytes], None] = lambda xfer, payload: None,
+    ) -> None:
         self._hand_in = hand_in
         self._hold = hold
+        self._block = block
         self._holding = False
         self._loop = asyncio.get_running_loop()
         self._lanes: dict[str, asyncio.Lock] = {}
@@ -59,6 +66,10 @@ class Inbound:
         if topic is None or not topic.rest.startswith("dn/"):
             _LOG.warning("a message on a topic that is not ours is passed over: %s", one_line(message.topic[:200]))
             self._settle(message)
+            return
+        if topic.rest.startswith(BLOCKS_DOWN):  # asked for by this process, and asked for again if it is lost
+            self._settle(message)
+            self._block(topic.rest.removeprefix(BLOCKS_DOWN), message.payload)
             return
         self._bytes += len(message.payload)
         task = self._loop.create_task(self._deliver(message, topic.rest))

@@ -1,8 +1,8 @@
 """The link's life: talks to core, keeps the connection to the broker, and moves messages between the two.
 
-Four tasks with one owner: the conversation with core (settings, messages to publish), the connection, confirmations,
-and the report of how things are. Neither side waits for the other: without a broker telemetry is kept and core is asked
-on, without core the session is held and nothing is acknowledged.
+Five tasks with one owner: the conversation with core (settings, messages to publish), the connection, confirmations,
+the report of how things are, and the delivery of what core wants. Neither side waits for the other: without a broker
+telemetry is kept and core is asked on, without core the session is held and nothing is acknowledged.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ from agent.base.clock import Clock, SystemClock, iso
 from agent.base.errors import AgentError, DamagedError
 from agent.base.files import read_bounded, write_atomically
 from agent.link.backoff import Backoff, Draw
+from agent.link.confirming import Confirmations
 from agent.link.connection import LOST, NORMAL, WITH_WILL, Connection, End, Plan
 from agent.link.core_client import Core, CoreAbsentError, CoreRefusalError, Verdict
+from agent.link.delivery import Delivery
 from agent.link.identity import Identity, certificate_end, chain_of, read_password, tls_context
 from agent.link.inbound import Inbound
 from agent.link.outbound import Outcome, Pending, Publisher
 from agent.link.outbox import Outbox
 from agent.link.progress import Progress
-from agent.link.settings import Message, Settings, known_streams
+from agent.link.settings import Settings, known_streams
+from agent.link.tasks import end
 
 _LOG = logging.getLogger("edge_agent.link")
 
@@ -43,7 +46,6 @@ _GOODBYE_S = 2.0
 _SILENCE_S = 30.0
 #: The slowest that a part may be about what is never slow: look-up, handshakes, a disk that is busy.
 _SLACK_S = 120.0
-_MOST_CONFIRMATIONS = 4096
 
 
 class Link:
@@ -74,8 +76,7 @@ class Link:
         self._stopping = False
         #: The connection is to look at settings and ``_stopping`` again.
         self._interrupt = asyncio.Event()
-        self._to_confirm: dict[int | str, None] = {}
-        self._confirm_due = asyncio.Event()
+        self._confirmations = Confirmations(core)
         self._session = 0
         self._certificate_ends: str | None = None
         self._connected_with = 0  # version of the settings of the present connection
@@ -85,18 +86,25 @@ class Link:
         self._heard_core = self._loop.time()
         self._core_start = ""
         self._told_silence = False
+        self._delivery = Delivery(core, self._ask_for_blocks, self.progress, draw=draw)
 
     async def run(self) -> None:
         """Serve until ``stop``. Whatever ends one of the tasks ends the link: a half working one helps nobody."""
         self._outbox.open()
-        parts = (self._keep_connected(), self._converse(), self._confirm(), self._report())
+        parts = (
+            self._keep_connected(),
+            self._converse(),
+            self._confirmations.run(),
+            self._report(),
+            self._delivery.run(),
+        )
         tasks = [self._loop.create_task(part) for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            await _end(*tasks)
+            await end(*tasks)
             if self._connection is not None:
                 self._connection.abort("the link ends")
             self._outbox.close()
@@ -204,33 +212,6 @@ class Link:
                 _LOG.error("%s", error)
         return verdict
 
-    async def _confirm(self) -> None:
-        """Tell core what the broker has. What core does not hear now it gives again, and it is published twice."""
-        pause_s = _RETRY_S[0]
-        while True:
-            await self._confirm_due.wait()
-            ids = list(self._to_confirm)[:256]
-            try:
-                await self._core.confirmed(ids)
-            except CoreAbsentError:
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, _RETRY_S[1])
-                continue
-            except (CoreRefusalError, DamagedError) as error:
-                _LOG.warning("confirmations are not taken: %s", error)
-            pause_s = _RETRY_S[0]
-            for number in ids:
-                self._to_confirm.pop(number, None)
-            if not self._to_confirm:
-                self._confirm_due.clear()
-
-    def _taken(self, message: Message) -> None:
-        if message.confirm:
-            while len(self._to_confirm) >= _MOST_CONFIRMATIONS:
-                self._to_confirm.pop(next(iter(self._to_confirm)))
-            self._to_confirm[message.id] = None
-            self._confirm_due.set()
-
     async def _report(self) -> None:
         """Tell core how things are, at each change and now and then."""
         while True:
@@ -253,6 +234,7 @@ class Link:
             "reconnects": max(0, self._connects - 1),
             "takeover": self._backoff.contested,
             "certificate_ends": self._certificate_ends,
+            "delivery": self._delivery.state(),
             "outbox": {"records": counts.records, "bytes": counts.bytes, "dropped": counts.dropped},
         }
 
@@ -277,7 +259,7 @@ class Link:
 
     async def _connect(self, settings: Settings) -> None:
         """One connection, from dialling to its end."""
-        inbound = Inbound(self._hand_in, lambda stop: connection.hold(stop=stop))
+        inbound = Inbound(self._hand_in, lambda stop: connection.hold(stop=stop), self._delivery.take_block)
         try:
             session = self._last_session() + 1
             connection = Connection(self._plan(settings, session), inbound.take, lambda: self._ticked(began))
@@ -329,7 +311,7 @@ class Link:
         try:
             await asyncio.wait({task, interrupt}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _end(task, interrupt)
+            await end(task, interrupt)
         if task.cancelled():
             return True
         task.result()
@@ -342,7 +324,9 @@ class Link:
         self._connects += 1
         self._outcome.refused.clear()
         self._outbox.mark_backlog()
-        publisher = Publisher(connection, settings.topic, self._pending, self._outbox, self._outcome, self._taken)
+        publisher = Publisher(
+            connection, settings.topic, self._pending, self._outbox, self._outcome, self._confirmations.put
+        )
         self._publisher = publisher
         self._say_status("core does not answer" if self._told_silence else "")
         self._news.set()
@@ -408,15 +392,16 @@ class Link:
             self.progress.expect("connection", settings.broker.keepalive_s + _SLACK_S)
         self._backoff.held(self._loop.time() - began)
 
+    def _ask_for_blocks(self, rest: str, payload: bytes) -> asyncio.Future[int]:
+        """With QoS 1 where there is room: its answer tells whether anybody listens."""
+        settings, connection = self._settings, self._connection
+        if connection is None or settings is None or settings.state != "enrolled":
+            lost: asyncio.Future[int] = self._loop.create_future()
+            lost.set_result(LOST)
+            return lost
+        qos = 1 if connection.under_way < connection.window else 0
+        return connection.publish(settings.topic(rest), payload, retain=False, qos=qos)
+
     def _wake(self) -> None:
         if self._publisher is not None:
             self._publisher.wake()
-
-
-async def _end(*tasks: asyncio.Future[Any]) -> None:
-    """Cancel tasks until they have ended: before Python 3.12 ``wait_for`` may swallow a cancellation."""
-    left = {task for task in tasks if not task.done()}
-    while left:
-        for task in left:
-            task.cancel()
-        _, left = await asyncio.wait(left, timeout=0.1)

@@ -98,23 +98,23 @@ class Outgoing:
 
 def parse_settings(document: Any) -> Settings:
     """Core's settings. DamagedError names the field that makes no sense."""
-    known = _of(document, dict, "settings")
-    state = _STATES.get(_field(known, "state", str))
+    known = of_kind(document, dict, "settings")
+    state = _STATES.get(field_of(known, "state", str))
     if state is None:
         raise DamagedError("cannot read core's settings: unknown state")
-    tenant, device, keyid = (_optional(known, name, str) or "" for name in ("tenant", "device", "keyid"))
+    tenant, device, keyid = (optional_of(known, name, str) or "" for name in ("tenant", "device", "keyid"))
     if state != "off":
         _require_names(tenant, device if state == "enrolled" else keyid)
     return Settings(
-        version=_field(known, "version", int),
+        version=field_of(known, "version", int),
         state=state,
         tenant=tenant,
         device=device,
         keyid=keyid,
-        broker=None if state == "off" else _broker(_field(known, "broker", dict)),
-        outbox_mb=max(1, _field(known, "outbox_mb", int)),
-        splay_s=max(0.0, float(_field(known, "splay_s", (int, float)))),
-        certificate=_optional(known, "certificate", str) or "",
+        broker=None if state == "off" else _broker(field_of(known, "broker", dict)),
+        outbox_mb=max(1, field_of(known, "outbox_mb", int)),
+        splay_s=max(0.0, float(field_of(known, "splay_s", (int, float)))),
+        certificate=optional_of(known, "certificate", str) or "",
     )
 
 
@@ -124,49 +124,51 @@ def _require_names(*names: str) -> None:
 
 
 def _broker(document: Mapping[str, Any]) -> Broker:
-    port, keepalive_s = _field(document, "port", int), _field(document, "keepalive_s", int)
+    port, keepalive_s = field_of(document, "port", int), field_of(document, "keepalive_s", int)
     if not 0 < port < 65536 or not 1 <= keepalive_s < 65536:
         raise DamagedError("cannot read core's settings: port and keepalive_s must be 1 to 65535")
     texts = {
-        name: _optional(document, name, str) or None
+        name: optional_of(document, name, str) or None
         for name in ("ca_file", "cert_file", "key_file", "username", "password_file")
     }
-    return Broker(_field(document, "host", str), port, _field(document, "tls", bool), keepalive_s=keepalive_s, **texts)
+    return Broker(
+        field_of(document, "host", str), port, field_of(document, "tls", bool), keepalive_s=keepalive_s, **texts
+    )
 
 
 def parse_outgoing(document: Any) -> Outgoing:
     """Core's batch of messages. DamagedError."""
-    known = _of(document, dict, "answer")
-    messages = _of(known.get("messages", []), list, "messages")
+    known = of_kind(document, dict, "answer")
+    messages = of_kind(known.get("messages", []), list, "messages")
     return Outgoing(
-        _field(known, "cursor", str),
-        _field(known, "settings_version", int),
+        field_of(known, "cursor", str),
+        field_of(known, "settings_version", int),
         tuple(_message(item) for item in messages),
-        _optional(known, "start", str) or "",
+        optional_of(known, "start", str) or "",
     )
 
 
 def _message(document: Any) -> Message:
-    known = _of(document, dict, "message")
-    kind = _KINDS.get(_field(known, "kind", str))
+    known = of_kind(document, dict, "message")
+    kind = _KINDS.get(field_of(known, "kind", str))
     if kind is None:
         raise DamagedError("cannot read core's messages: unknown kind")
-    topic = _optional(known, "topic", str) or ""
+    topic = optional_of(known, "topic", str) or ""
     if kind == "tel":
-        stream = _field(known, "stream", str)
+        stream = field_of(known, "stream", str)
         if not is_name(stream):
             raise DamagedError("cannot read core's messages: a stream without a name")
-        record = _field(known, "record", dict)
-        return Message(_field(known, "id", (int, str)), topic, kind, False, False, stream=stream, record=record)
+        record = field_of(known, "record", dict)
+        return Message(field_of(known, "id", (int, str)), topic, kind, False, False, stream=stream, record=record)
     if not topic.startswith("up/") or not all(is_name(part) for part in topic.split("/")):
         raise DamagedError("cannot read core's messages: the topic is none of the device's own")
     return Message(
-        id=_field(known, "id", (int, str)),
+        id=field_of(known, "id", (int, str)),
         topic=topic,
         kind=kind,
-        retain=bool(_optional(known, "retain", bool)),
-        confirm=bool(_optional(known, "confirm", bool)),
-        payload=_bytes(_optional(known, "payload", str) or ""),
+        retain=bool(optional_of(known, "retain", bool)),
+        confirm=bool(optional_of(known, "confirm", bool)),
+        payload=_bytes(optional_of(known, "payload", str) or ""),
     )
 
 
@@ -177,21 +179,24 @@ def _bytes(text: str) -> bytes:
         raise DamagedError("cannot read core's messages: a payload is not base64") from error
 
 
-def _of(value: Any, kind: type[_T], name: str) -> _T:
+def of_kind(value: Any, kind: type[_T], name: str) -> _T:
+    """``value``, which must be of this kind. DamagedError."""
     if not isinstance(value, kind):
         raise DamagedError(f"cannot read core's answer: {name} is no {kind.__name__}")
     return value
 
 
-def _field(document: Mapping[str, Any], name: str, kind: type[Any] | tuple[type[Any], ...]) -> Any:
+def field_of(document: Mapping[str, Any], name: str, kind: type[Any] | tuple[type[Any], ...]) -> Any:
+    """A field, which must be there and of this kind. DamagedError."""
     value = document.get(name)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise DamagedError(f"cannot read core's answer: {name} is missing or of the wrong kind")
     return value
 
 
-def _optional(document: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
-    return None if document.get(name) is None else _field(document, name, kind)
+def optional_of(document: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
+    """A field that may be missing. DamagedError where it is of another kind."""
+    return None if document.get(name) is None else field_of(document, name, kind)
 
 
 def known_streams(messages: Sequence[Message]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -78,14 +78,14 @@ class VariantChooser:
         quarantine = QuarantineState.from_json(dict(known.quarantine))
         keys = {
             candidate.id: key_on(device, candidate, inventory, manifest)
-            for candidate in (v.candidate for v in self._verdicts(manifest, inventory, headroom, {}))
+            for candidate in (v.candidate for v in self._verdicts(manifest, blobs, inventory, headroom, {}))
         }
         dead = {
             name: reason
             for name, key in keys.items()
             if (reason := quarantine.reason(name, key, self._settings.quarantine_after))
         }
-        verdicts = self._verdicts(manifest, inventory, headroom, dead)
+        verdicts = self._verdicts(manifest, blobs, inventory, headroom, dead)
         priors = rank_by_prior(accepted(verdicts), device.facts, device.profile)
         trying = _Trying(manifest, blobs, shapes, headroom, progress)
         measurements, beside = self._measure(trying, priors, keys, known)
@@ -136,10 +136,16 @@ class VariantChooser:
         return seen.agreement
 
     def _verdicts(
-        self, manifest: Manifest, inventory: RuntimeInventory, headroom: int, dead: Mapping[str, str]
+        self,
+        manifest: Manifest,
+        blobs: Mapping[str, BlobRef],
+        inventory: RuntimeInventory,
+        headroom: int,
+        dead: Mapping[str, str],
     ) -> tuple[Verdict, ...]:
         device = self._device
-        return candidates(manifest, device.facts, device.profile.providers, inventory, headroom, dead)
+        found = candidates(manifest, device.facts, device.profile.providers, inventory, headroom, dead)
+        return tuple(_if_here(verdict, manifest, blobs) for verdict in found)
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
@@ -220,6 +226,13 @@ class VariantChooser:
             return measurement
         joules = estimated_joules(watts, measurement.p50_ms)
         return replace(measurement, joules=joules, energy_source="estimated")
+
+
+def _if_here(verdict: Verdict, manifest: Manifest, blobs: Mapping[str, BlobRef]) -> Verdict:
+    """Of a version from the repository only some variants are fetched."""
+    if manifest.variant(verdict.candidate.variant_id).file.name in blobs:
+        return verdict
+    return replace(verdict, accepted=False, reasons=(*verdict.reasons, "its file was not fetched"))
 
 
 def spread(priors: Sequence[Prior]) -> list[Candidate]:

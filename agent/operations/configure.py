@@ -26,6 +26,7 @@ REMOTE = frozenset(
         "access",
         "log",
         "link",
+        "delivery",
         "telemetry",
         "maintenance",
         "probation",

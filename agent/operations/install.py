@@ -12,21 +12,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from agent import __version__
 from agent.base.clock import Clock, iso
-from agent.base.errors import AgentError, ConflictError, NotFoundError, RefusedError, UnsupportedError
+from agent.base.errors import AgentError, ConflictError, NotFoundError, PeerError, RefusedError, UnsupportedError
 from agent.bundles.manifest import FileRef, Manifest
-from agent.operations.forms import PREFIX, Forms
+from agent.operations.entries import (
+    entry_with_forms,
+    entry_with_gains,
+    is_active,
+    taken_back,
+    version_entry,
+    with_active,
+    with_choice,
+    with_forms,
+    with_gains,
+    with_model,
+    with_story,
+    with_version,
+    without,
+)
+from agent.operations.forms import Forms
 from agent.operations.incoming import contents, opened
 from agent.operations.measured import Active, Choice, ChooseVariant, Known, Progress, active_beside, known_of
 from agent.operations.probation import LOCAL, UNWATCHED, Case, Watcher
+from agent.selection.versions import satisfies
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
-from agent.store.store import Store
+from agent.store.store import Change, Store
 
 #: (manifest, what is known, chosen candidate) -> what has changed since it was measured
 Outdated = Callable[[Manifest, Known, "str | None"], Sequence[str]]
 _LOG = logging.getLogger("edge_agent.operations")
-#: What stands beside a choice and tells of the version, whatever is chosen of it later.
-_STORY = ("beside", "probation")
+
+
+class RejectedError(UnsupportedError):
+    """No variant of a version may answer on this device: the trial, or a rule, says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +119,7 @@ class Installer:
             )
         with opened(descriptor, self._go_on) as stream:
             manifest, files = contents(stream, file_name=request.file_name, name=request.name)
+            require_agent(manifest.name, manifest.requires_agent)
             name, version = manifest.name, manifest.version
             if (existing := self._existing(manifest)) is not None:
                 progress({"stage": "unchanged", "model": name, "version": version})
@@ -111,14 +131,7 @@ class Installer:
         watcher = self._serving.watcher
         watcher.look(name)
         try:
-            known = self._known(manifest, slower=request.accept_slower)
-            choice = self._choose(manifest, refs, known, request.shapes or {}, progress)
-            _require_choice(choice, f"cannot add model '{name}'")
-            forms = self._preparing.make(manifest, refs, choice, progress)
-            refs |= forms.blobs
-            gains = self._preparing.gauge(manifest, refs, choice, progress)
-            entry = _entry_with_forms(_version_entry(manifest, refs, choice, self._now()), forms)
-            entry = _entry_with_gains(entry, gains)
+            entry = self._examined(manifest, refs, request.shapes or {}, progress, slower=request.accept_slower)
             self._arm(name, version, slower=request.accept_slower or manifest.policy.accept_slower)
             self._commit_loaded(manifest, entry, progress)
         except BaseException:
@@ -127,12 +140,48 @@ class Installer:
             raise
         return self._result(name, version)
 
+    def examine(
+        self, manifest: Manifest, refs: dict[str, BlobRef], progress: Progress, *, slower: bool = False
+    ) -> VersionEntry:
+        """Try what was fetched of a published version: its entry, not committed yet. ``refs`` gets its forms, too.
+
+        RejectedError when none of the variants that are there may answer.
+        """
+        entry = self._examined(manifest, refs, {}, progress, slower=slower)
+        return entry.model_copy(update={"origin": "signed"})
+
+    def put(self, entry: VersionEntry, also: Change = lambda document: document) -> None:
+        """Install a version that was examined, beside the one that answers; ``also`` happens in the same commit."""
+        name, version = entry.manifest.name, entry.manifest.version
+        self._serving.show(self._store.commit(lambda document: also(with_version(document, name, version, entry))))
+
+    def withdraw(self, name: str, version: str, previous: str | None = None) -> None:
+        """Take a version away again, also where it is the one that answers; harmless where it is gone.
+
+        ``previous``: what the way back led to before it came.
+        """
+        model = self._store.document.models.get(name)
+        if model is not None and version in model.versions:
+            self._serving.show(self._store.commit(lambda document: without(document, name, version, previous)))
+
+    def outdo(self, name: str) -> list[str]:
+        """Delete published versions that neither answer nor are the way back; which they were."""
+        model = self._model(name)
+        gone = [
+            version
+            for version, entry in model.versions.items()
+            if entry.origin == "signed" and version not in (model.active, model.previous)
+        ]
+        for version in gone:
+            self.withdraw(name, version)
+        return gone
+
     def activate(self, name: str, version: str, progress: Progress = lambda event: None) -> dict[str, Any]:
         """Let ``version`` answer: load it first, then switch. The version before stays installed for ``rollback``."""
         self._version(name, version)
         progress({"stage": "load", "model": name, "version": version})
         self._serving.load(name, version)
-        self._serving.show(self._store.commit(lambda document: _with_active(document, name, version)))
+        self._serving.show(self._store.commit(lambda document: with_active(document, name, version)))
         return self._result(name, version)
 
     def rollback(self, name: str) -> dict[str, Any]:
@@ -147,12 +196,12 @@ class Installer:
 
         A later ``rollback`` does not lead to it. Without ``serving`` nothing is served yet, and nobody is told.
         """
-        if not _is_active(self._store.document, case.model, case.version):
+        if not is_active(self._store.document, case.model, case.version):
             return False
         self._version(case.model, case.before)
         if serving:
             self._serving.load(case.model, case.before)
-        document = self._store.commit(lambda document: _taken_back(document, case, record))
+        document = self._store.commit(lambda document: taken_back(document, case, record))
         if serving:
             self._serving.show(document)
         return True
@@ -160,7 +209,7 @@ class Installer:
     def note_probation(self, case: Case, record: Mapping[str, Any]) -> None:
         """Keep what came of a version's probation, if it is still there."""
         if case.version in self._store.document.models.get(case.model, ModelEntry()).versions:
-            self._store.commit(lambda document: _with_story(document, case.model, case.version, "probation", record))
+            self._store.commit(lambda document: with_story(document, case.model, case.version, "probation", record))
 
     def remove(self, name: str, version: str | None) -> dict[str, Any]:
         """Delete a model, or one version of it that is not active, and give its space back."""
@@ -171,7 +220,7 @@ class Installer:
                 raise ConflictError(
                     f"cannot remove '{name}' {version}: it is active", hint="activate another version first"
                 )
-        self._serving.show(self._store.commit(lambda document: _without(document, name, version)))
+        self._serving.show(self._store.commit(lambda document: without(document, name, version)))
         freed = self._store.gc().freed_bytes
         return {"model": name, "version": version, "freed_bytes": freed}
 
@@ -184,7 +233,7 @@ class Installer:
         entry = model.versions[version]
         choice = self._choose(entry.manifest, entry.blobs, Known(quarantine=entry.quarantine), shapes, progress)
         _require_choice(choice, f"cannot choose a variant of '{name}'")
-        self._serving.show(self._store.commit(lambda document: _with_choice(document, name, version, choice)))
+        self._serving.show(self._store.commit(lambda document: with_choice(document, name, version, choice)))
         self.renew_forms(name, version, progress)
         self._serving.load(name, version)
         return self._result(name, version)
@@ -203,7 +252,7 @@ class Installer:
         known = Known(quarantine=entry.quarantine, active=active)
         choice = self._choose(entry.manifest, entry.blobs, known, {}, progress)
         _require_choice(choice, f"cannot choose a variant of '{name}'")
-        self._serving.show(self._store.commit(lambda document: _with_choice(document, name, version, choice)))
+        self._serving.show(self._store.commit(lambda document: with_choice(document, name, version, choice)))
         self.renew_forms(name, version, progress)
         return True
 
@@ -215,12 +264,12 @@ class Installer:
         gauged = not self._preparing.gains_hold(entry)
         if gauged:
             gains = self._preparing.gauge(entry.manifest, entry.blobs, choice, progress)
-            self._serving.show(self._store.commit(lambda document: _with_gains(document, name, version, gains)))
+            self._serving.show(self._store.commit(lambda document: with_gains(document, name, version, gains)))
         if self._preparing.hold(entry):
             return gauged
         forms = self._preparing.make(entry.manifest, entry.blobs, choice, progress)
         try:
-            self._serving.show(self._store.commit(lambda document: _with_forms(document, name, version, forms)))
+            self._serving.show(self._store.commit(lambda document: with_forms(document, name, version, forms)))
         except BaseException:
             self._store.discard(forms.blobs.values())
             raise
@@ -231,7 +280,7 @@ class Installer:
         """Let the fleet's jobs leave the active version alone, or no longer."""
         self._model(name)
         self._store.commit(
-            lambda document: _replace(document, name, document.models[name].model_copy(update={"pinned": pinned}))
+            lambda document: with_model(document, name, document.models[name].model_copy(update={"pinned": pinned}))
         )
 
     def review(self, progress: Progress = lambda event: None) -> dict[str, list[str]]:
@@ -264,6 +313,24 @@ class Installer:
 
     # -- within -------------------------------------------------------------------------------------------------------
 
+    def _examined(
+        self,
+        manifest: Manifest,
+        refs: dict[str, BlobRef],
+        shapes: Mapping[str, list[int]],
+        progress: Progress,
+        *,
+        slower: bool,
+    ) -> VersionEntry:
+        """Chosen, prepared and gauged. What is added to ``refs`` is to be discarded with the rest of it."""
+        choice = self._choose(manifest, refs, self._known(manifest, slower=slower), shapes, progress)
+        _require_choice(choice, f"cannot add model '{manifest.name}'")
+        forms = self._preparing.make(manifest, refs, choice, progress)
+        refs |= forms.blobs
+        gains = self._preparing.gauge(manifest, refs, choice, progress)
+        entry = entry_with_forms(version_entry(manifest, refs, choice, self._now()), forms)
+        return entry_with_gains(entry, gains)
+
     def _arm(self, name: str, version: str, *, slower: bool) -> None:
         model = self._store.document.models.get(name)
         if model is not None and model.active not in (None, version):
@@ -277,7 +344,7 @@ class Installer:
         if record.get("worse"):
             raise UnsupportedError(f"cannot install '{name}' {version}: {record['worse']}", hint=str(record["mend"]))
         if record:
-            self._store.commit(lambda document: _with_story(document, name, version, "beside", record))
+            self._store.commit(lambda document: with_story(document, name, version, "beside", record))
 
     def _commit_loaded(self, manifest: Manifest, entry: VersionEntry, progress: Progress) -> None:
         """Install and activate in one commit, so that no kill can leave one without the other.
@@ -285,12 +352,12 @@ class Installer:
         The version is loaded before: shown to the serving side beside what is committed, without being active.
         """
         name, version = manifest.name, manifest.version
-        self._serving.show(_with_version(self._store.document, name, version, entry))
+        self._serving.show(with_version(self._store.document, name, version, entry))
         try:
             progress({"stage": "load", "model": name, "version": version})
             self._serving.load(name, version)
             self._store.commit(
-                lambda document: _with_active(_with_version(document, name, version, entry), name, version)
+                lambda document: with_active(with_version(document, name, version, entry), name, version)
             )
         finally:
             self._serving.show(self._store.document)
@@ -368,106 +435,21 @@ class Installer:
         return iso(self._clock.now())
 
 
+def require_agent(name: str, wanted: str | None) -> None:
+    """UnsupportedError where a version asks for another agent than this one; PeerError where it cannot be read."""
+    if wanted is None:
+        return
+    try:
+        fits = satisfies(__version__, wanted)
+    except ValueError as error:
+        raise PeerError(f"cannot add model '{name}': requires_agent: {error}") from error
+    if not fits:
+        raise UnsupportedError(
+            f"cannot add model '{name}': it needs the agent {wanted}, this is {__version__}",
+            hint="update the agent first",
+        )
+
+
 def _require_choice(choice: Choice, what: str) -> None:
     if choice.chosen is None:
-        raise UnsupportedError(f"{what}: {choice.why}", hint=choice.hint)
-
-
-# -- changes of the catalog: pure -------------------------------------------------------------------------------------
-
-
-def _replace(document: CatalogDocument, name: str, model: ModelEntry | None) -> CatalogDocument:
-    models = {key: entry for key, entry in document.models.items() if key != name}
-    if model is not None:
-        models[name] = model
-    return document.model_copy(update={"models": models})
-
-
-def _version_entry(manifest: Manifest, refs: Mapping[str, BlobRef], choice: Choice, now: str) -> VersionEntry:
-    return VersionEntry(
-        manifest=manifest,
-        origin="unsigned",
-        added_at=now,
-        blobs=dict(refs),
-        chosen=choice.chosen,
-        choice=choice.document,
-        measurements=choice.measurements,
-        quarantine=choice.quarantine,
-    )
-
-
-def _with_version(document: CatalogDocument, name: str, version: str, entry: VersionEntry) -> CatalogDocument:
-    model = document.models.get(name, ModelEntry())
-    return _replace(document, name, model.model_copy(update={"versions": {**model.versions, version: entry}}))
-
-
-def _with_choice(document: CatalogDocument, name: str, version: str, choice: Choice) -> CatalogDocument:
-    before = document.models[name].versions[version]
-    kept = {what: record for what, record in (before.choice or {}).items() if what in _STORY}
-    entry = before.model_copy(
-        update={
-            "chosen": choice.chosen,
-            "choice": {**kept, **choice.document},
-            "measurements": choice.measurements,
-            "quarantine": choice.quarantine,
-        }
-    )
-    return _with_version(document, name, version, entry)
-
-
-def _with_forms(document: CatalogDocument, name: str, version: str, forms: Forms) -> CatalogDocument:
-    return _with_version(document, name, version, _entry_with_forms(document.models[name].versions[version], forms))
-
-
-def _entry_with_forms(entry: VersionEntry, forms: Forms) -> VersionEntry:
-    """The entry with these forms in place of those that it had."""
-    blobs = {part: ref for part, ref in entry.blobs.items() if not part.startswith(PREFIX)} | forms.blobs
-    choice = {**(entry.choice or {}), "forms": forms.records}
-    damaged = tuple(part for part in entry.damaged if not part.startswith(PREFIX))
-    return entry.model_copy(update={"blobs": blobs, "choice": choice, "damaged": damaged})
-
-
-def _with_gains(document: CatalogDocument, name: str, version: str, gains: Mapping[str, Any]) -> CatalogDocument:
-    return _with_version(document, name, version, _entry_with_gains(document.models[name].versions[version], gains))
-
-
-def _entry_with_gains(entry: VersionEntry, gains: Mapping[str, Any]) -> VersionEntry:
-    """The entry with what joining gains; nothing is noted where nobody asked for it."""
-    return entry.model_copy(update={"choice": {**(entry.choice or {}), "batching": dict(gains)}}) if gains else entry
-
-
-def _with_active(document: CatalogDocument, name: str, version: str) -> CatalogDocument:
-    model = document.models[name]
-    if model.active == version:
-        return document
-    return _replace(document, name, model.model_copy(update={"active": version, "previous": model.active}))
-
-
-def _is_active(document: CatalogDocument, name: str, version: str) -> bool:
-    model = document.models.get(name)
-    return model is not None and model.active == version
-
-
-def _with_story(
-    document: CatalogDocument, name: str, version: str, what: str, record: Mapping[str, Any]
-) -> CatalogDocument:
-    """The version with another record beside its choice."""
-    entry = document.models[name].versions[version]
-    choice = {**(entry.choice or {}), what: dict(record)}
-    return _with_version(document, name, version, entry.model_copy(update={"choice": choice}))
-
-
-def _taken_back(document: CatalogDocument, case: Case, record: Mapping[str, Any]) -> CatalogDocument:
-    document = _with_story(document, case.model, case.version, "probation", record)
-    model = document.models[case.model]
-    previous = case.previous if case.previous in model.versions and case.previous != case.version else None
-    return _replace(document, case.model, model.model_copy(update={"active": case.before, "previous": previous}))
-
-
-def _without(document: CatalogDocument, name: str, version: str | None) -> CatalogDocument:
-    model = document.models[name]
-    versions = {key: entry for key, entry in model.versions.items() if version not in (None, key)}
-    if not versions:
-        return _replace(document, name, None)
-    previous = model.previous if model.previous in versions else None
-    return _replace(document, name, model.model_copy(update={"versions": versions, "previous": previous}))
+        raise RejectedError(f"{what}: {choice.why}", hint=choice.hint)

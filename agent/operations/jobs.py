@@ -14,10 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
-from agent.base.errors import ConflictError, DamagedError, NotFoundError, PeerError
+from agent.base.errors import ConflictError, DamagedError, NotFoundError, PeerError, UnsupportedError
 from agent.base.files import read_bounded
 from agent.operations.install import Installer
 from agent.operations.maintain import Maintenance
+from agent.operations.origin import Origin
 from agent.operations.probation import UNWATCHED, Case, Watcher, mark
 from agent.operations.probation import steps as probation_steps
 from agent.store.document import CatalogDocument, ModelEntry
@@ -71,6 +72,8 @@ class Around:
     #: Withdraws a request to reboot that nobody has followed yet.
     stay: Callable[[], None]
     watcher: Watcher = UNWATCHED
+    #: Where published versions come from; None where nobody brings any.
+    origin: Origin | None = None
 
 
 #: Checked arguments, by name.
@@ -98,7 +101,11 @@ _TEXT = _Field(lambda value: isinstance(value, str), "a text")
 _FLAG = _Field(lambda value: isinstance(value, bool), "true or false", False)
 _MODEL = {"model": _TEXT}
 _VERSION = {"model": _TEXT, "version": _TEXT}
-_INSTALL = {**_VERSION, "accept_slower": _FLAG}
+_INSTALL = {
+    **_VERSION,
+    "accept_slower": _FLAG,
+    "grants": _Field(lambda value: isinstance(value, dict), "an object", {}),
+}
 _REMOVE = {"model": _TEXT, "version": _Field(lambda value: value is None or isinstance(value, str), "a text", None)}
 _PIN = {"model": _TEXT, "pinned": _Field(lambda value: isinstance(value, bool), "true or false", True)}
 _CONFIG = {"config": _Field(lambda value: isinstance(value, dict), "an object")}
@@ -153,7 +160,20 @@ class Jobs:
     # -- models ---------------------------------------------------------------------------------------------------
 
     def _install(self, args: _Args) -> list[Step]:
-        """A version that is on the device already: verify it, try it where that is needed, let it answer."""
+        """With grants a published version is fetched; without, it is on the device already. Then it is to answer."""
+        if not args.grants:
+            return [*self._verified(args), *self._let_answer(args)]
+        from agent.operations.delivered import Asked, Installation, parse_grants  # noqa: PLC0415 - most fetch nothing
+
+        around = self._around
+        asked = Asked(args.model, args.version, parse_grants(args.grants), args.accept_slower)
+        if around.origin is None:
+            raise UnsupportedError("cannot install: nobody brings anything to this device")
+        installation = Installation(asked, around.store, around.installer, around.origin, around.watcher)
+        return [*installation.head(), *self._let_answer(args), *installation.tail()]
+
+    def _verified(self, args: _Args) -> list[Step]:
+        """A version that is on the device already: verify it, try it where that is needed."""
 
         def verify(turn: Turn) -> None:
             _version(self._around.store.document, args.model, args.version)
@@ -165,7 +185,6 @@ class Jobs:
         return [
             Step("verify", "verifying", verify),
             Step("try", "trying", lambda turn: self._try(args, turn)),
-            *self._let_answer(args),
         ]
 
     def _try(self, args: _Args, turn: Turn) -> None:

@@ -17,6 +17,8 @@ from agent.bundles.manifest import Manifest, Name, SemVer, Sha256
 FORMAT: Literal["edge-catalog/1"] = "edge-catalog/1"
 #: Some two thousand models with five variants each; a larger document is refused before it is parsed or written.
 MAX_DOCUMENT_BYTES = 32 << 20
+#: Former grant identities that are kept until the fleet has sealed to the present one.
+MOST_IDENTITIES = 4
 
 #: A file name inside a bundle, or a name of our own (prepared forms). It names no path.
 Part = Annotated[str, StringConstraints(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
@@ -82,6 +84,35 @@ class FleetEntry(_Entry):
     state: Literal["default", "applied", "confirming", "reverted", "refused"] = "default"
 
 
+class MarkEntry(_Entry):
+    """The highest version of a role that was believed, and a digest of the keys that vouched for it."""
+
+    version: Annotated[int, Field(ge=0)]
+    keys: str
+
+
+class StagedVersion(_Entry):
+    """A version that a job is fetching: its manifest as it was verified, and the payload (SHA-256) of each file."""
+
+    manifest: Manifest
+    payloads: dict[Part, Sha256]
+
+
+class DeliveryEntry(_Entry):
+    """What the device knows of its operator's repository, begun anew where it is shipped with another ``root``.
+
+    ``root`` is that root's digest; ``job_keys`` the table of keys that the repository brought, as it was published.
+    ``staged`` is by the job that fetches. ``identities`` are former grant identities (hex) that the fleet may still
+    seal to, the latest first.
+    """
+
+    root: Sha256 | None = None
+    marks: dict[str, MarkEntry] = Field(default_factory=dict)
+    job_keys: str = ""
+    staged: dict[str, StagedVersion] = Field(default_factory=dict)
+    identities: tuple[Sha256, ...] = ()
+
+
 class CatalogDocument(_Entry):
     """All of it. ``generation`` and ``saved_at`` are set by the store at each commit."""
 
@@ -90,6 +121,7 @@ class CatalogDocument(_Entry):
     saved_at: str = ""
     models: dict[Name, ModelEntry] = Field(default_factory=dict)
     fleet: FleetEntry = FleetEntry()
+    delivery: DeliveryEntry = DeliveryEntry()
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> CatalogDocument:
@@ -123,10 +155,13 @@ def _check_version(name: str, version: str, entry: VersionEntry) -> None:
         raise ValueError(f"{name} {version}: damaged part {min(unknown)} has no blob")
 
 
+_UNUSED = {"fleet": FleetEntry(), "delivery": DeliveryEntry()}
+
+
 def encode(document: CatalogDocument) -> tuple[bytes, CatalogDocument]:
     """UTF-8 JSON of a document, and the document as a reader will have it. PeerError names what is wrong."""
     # A device without a fleet writes what an agent that knows of none can read.
-    unused = {"fleet"} if document.fleet == FleetEntry() else None
+    unused = {name for name, empty in _UNUSED.items() if getattr(document, name) == empty}
     data = document.model_dump_json(exclude=unused).encode()
     return data, decode(data)
 
@@ -165,6 +200,15 @@ def with_refs(document: CatalogDocument, renewed: dict[BlobRef, BlobRef]) -> Cat
         return entry.model_copy(update={"blobs": blobs})
 
     return _each_version(document, change)
+
+
+def with_identity(document: CatalogDocument, secret: str) -> CatalogDocument:
+    """``document`` with a former grant identity (hex) kept, where there is a fleet that may still seal to it."""
+    known = document.delivery.identities
+    if document.fleet == FleetEntry() or secret in known:
+        return document
+    kept = (secret, *known)[:MOST_IDENTITIES]
+    return document.model_copy(update={"delivery": document.delivery.model_copy(update={"identities": kept})})
 
 
 def marked(document: CatalogDocument, bad: frozenset[BlobRef], good: frozenset[BlobRef]) -> CatalogDocument:

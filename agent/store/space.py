@@ -25,6 +25,26 @@ class _Reservation:
     on_disk: bool = False
 
 
+class Hold:
+    """Space that is promised over many calls, to what is downloaded in pieces. For one thread."""
+
+    def __init__(self, space: Space, reservation: _Reservation) -> None:
+        self._space = space
+        self._reservation = reservation
+
+    def wrote(self, total: int) -> None:
+        """So many bytes of it lie on the disk."""
+        self._reservation.written = total
+
+    def resize(self, size: int) -> None:
+        """From now on so many bytes. TooLargeError, TryLaterError when they are more and do not fit."""
+        self._space.resize(self._reservation, size)
+
+    def close(self) -> None:
+        """Give it back; again is harmless."""
+        self._space.drop(self._reservation)
+
+
 class Space:
     """Reservations in bytes for the blobs in ``folder``. ``used`` tells what finished files hold. Thread-safe."""
 
@@ -70,6 +90,28 @@ class Space:
             with self._lock:
                 self._reservations.remove(reservation)
 
+    def hold(self, size: int, written: int = 0) -> Hold:
+        """Promise ``size`` bytes, of which ``written`` lie on the disk, until the hold is closed. As ``reserve``."""
+        reservation = _Reservation(written=written)
+        with self._lock:
+            self._require(size, reservation)
+            reservation.size = size
+            self._reservations.append(reservation)
+        return Hold(self, reservation)
+
+    def resize(self, reservation: _Reservation, size: int) -> None:
+        """See ``Hold``."""
+        with self._lock:
+            if size > reservation.size:
+                self._require(size, reservation)
+            reservation.size = size
+
+    def drop(self, reservation: _Reservation) -> None:
+        """See ``Hold``."""
+        with self._lock:
+            if reservation in self._reservations:
+                self._reservations.remove(reservation)
+
     def _require(self, total: int, reservation: _Reservation) -> None:
         if total > self._quota:
             raise TooLargeError(
@@ -81,8 +123,9 @@ class Space:
                 f"cannot store: the quota of {self._quota} bytes is used up",
                 hint="remove a model, run 'edge-agent store gc', or raise the store's quota",
             )
-        unwritten = sum(max(0, other.size - other.written) for other in self._reservations)
-        if self.free() < unwritten + (0 if reservation.on_disk else more) + MARGIN_BYTES:
+        others = (other for other in self._reservations if other is not reservation)
+        unwritten = sum(max(0, other.size - other.written) for other in others)
+        if self.free() < unwritten + (0 if reservation.on_disk else max(0, total - reservation.written)) + MARGIN_BYTES:
             raise TryLaterError(
                 f"cannot store: the disk has {self.free()} bytes free",
                 hint="free space where the state folder is",

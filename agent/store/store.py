@@ -18,24 +18,25 @@ import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from agent.base.clock import Clock, SystemClock, iso
 from agent.base.errors import ConflictError, DamagedError, NotFoundError, PeerError, TryLaterError
 from agent.base.files import exclusive_lock, fsync_directory
 from agent.store import stream
-from agent.store.age import FILE_KEY_BYTES, AgeError
+from agent.store.age import FILE_KEY_BYTES, AgeError, Identity
 from agent.store.blobs import Blobs, Draft, pieces_of
 from agent.store.catalog import Catalog, Generation
 from agent.store.doctor import Finding, Snapshot, diagnose
-from agent.store.document import BlobRef, CatalogDocument, blank_ref, encode, marked, with_refs
+from agent.store.document import BlobRef, CatalogDocument, blank_ref, encode, marked, with_identity, with_refs
 from agent.store.faults import storage
 from agent.store.headers import file_key, put_header, reseal
 from agent.store.keys import FILE_NEXT, DeviceSecret, Keys
 from agent.store.memory import Plaintext
 from agent.store.pace import Pace
 from agent.store.reports import DamagedBlob, GcReport, Progress, RotateReport, StoreStats, VerifyReport
-from agent.store.space import Space
+from agent.store.space import Hold, Space
 from agent.store.stream import NONCE_BYTES, Bytes
 from agent.store.sweep import foreign, reached, unreached
 
@@ -120,11 +121,23 @@ class Store:
         return self._ring[self._now().key_id]
 
     @property
+    def grant_identities(self) -> tuple[Identity, ...]:
+        """To whom a fleet may have sealed a grant: the identity in use, then former ones that are still kept."""
+        kept = (Identity(bytes.fromhex(secret)) for secret in self.document.delivery.identities)
+        return (self.secret.grant_identity, *kept)
+
+    @property
     def rotation_pending(self) -> bool:
         """Whether a rotation was cut off: ``rotate_key`` finishes it."""
         return any(secret.name == FILE_NEXT for secret in self._ring.values())
 
     # Blobs
+
+    def hold_space(self, size: int, written: int = 0) -> Hold:
+        """Promise ``size`` bytes to a download, of which ``written`` are there. TooLargeError, TryLaterError."""
+        self._now()
+        with storage("cannot reserve space"):
+            return self._space.hold(size, written)
 
     def add_blob(
         self,
@@ -299,11 +312,13 @@ class Store:
             if self._pending:
                 raise TryLaterError(f"cannot rotate key: {len(self._pending)} blobs are being added", hint="try again")
             old = self._now().key_id
+            former = self.secret.grant_identity.secret.hex()
             target = self._keys.next_secret(old)
             self._ring = {**self._ring, target.key_id: target}
             renewed, damaged = reseal(self._blobs, self.document.refs(), self._ring, target, self._random, progress)
             if renewed or old != target.key_id:
-                self._commit(lambda document: with_refs(document, renewed), target)
+                change = partial(with_identity, secret=former) if old != target.key_id else _same
+                self._commit(lambda document: with_refs(change(document), renewed), target)
             if self._previous and self._previous.key_id != target.key_id:
                 self._commit(lambda document: document, target)
             action = self._keys.promote(target.key_id)
@@ -446,6 +461,10 @@ class Store:
 
     def _used(self) -> int:
         return sum(self._blobs.files().values())
+
+
+def _same(document: CatalogDocument) -> CatalogDocument:
+    return document
 
 
 def _size_of(source: int | Iterable[Bytes]) -> int:

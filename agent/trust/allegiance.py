@@ -27,7 +27,7 @@ KeyClass = Literal["observe", "change", "destroy"]
 #: What a device is shipped with to believe its operator's repository.
 ROOT_NAME = "root.json"
 MAX_ROOT_BYTES = 128 << 10
-_Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 _Public = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{43}=$")]
 
 
@@ -42,13 +42,17 @@ class TrustedKey:
 
 @dataclass(frozen=True, slots=True)
 class Allegiance:
-    """Tenant, device and enrolment number, and the keys by keyid. Without ``device`` it still waits to be enrolled."""
+    """Tenant, device and enrolment number, and the keys by keyid. Without ``device`` it still waits to be enrolled.
+
+    ``keys_version`` is that of the fleet's table from which the keys are (``agent.trust.jobkeys``), 0 for none.
+    """
 
     tenant: str
     device: str | None = None
     epoch: int = 0
     keys: Mapping[str, TrustedKey] = field(default_factory=dict)
     enroller: PublicKey | None = None
+    keys_version: int = 0
 
     @property
     def public_keys(self) -> dict[str, PublicKey]:
@@ -71,7 +75,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _Key(_Section):
+class KeyRow(_Section):
+    """A key that may command, as files have it."""
+
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     public: _Public
     classes: Annotated[tuple[KeyClass, ...], Field(strict=False, min_length=1, max_length=3)]
@@ -82,10 +88,11 @@ class _Enroller(_Section):
 
 
 class _File(_Section):
-    tenant: _Name
-    device: _Name | None = None
+    tenant: Name
+    device: Name | None = None
     epoch: Annotated[int, Field(ge=1, lt=1 << 53)] = 1
-    keys: Annotated[tuple[_Key, ...], Field(strict=False, max_length=32)] = ()
+    keys: Annotated[tuple[KeyRow, ...], Field(strict=False, max_length=32)] = ()
+    keys_version: Annotated[int, Field(ge=0, lt=1 << 53)] = 0
     enrolment: _Enroller | None = None
 
     @model_validator(mode="after")
@@ -147,6 +154,7 @@ def parse(document: Mapping[str, Any], source: str) -> Allegiance:
             epoch=found.epoch if found.device is not None else 0,
             keys=trusted_keys([(key.name, key.public, key.classes) for key in found.keys]),
             enroller=public_key(found.enrolment.public) if found.enrolment else None,
+            keys_version=found.keys_version,
         )
     except ValidationError as error:
         raise ConfigError(

@@ -22,6 +22,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,6
 KeyId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Nonce = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{43}=$")]
+Recipient = Annotated[str, StringConstraints(pattern=r"^age1[02-9ac-hj-np-z]{58}$")]
 Moment = Annotated[str, StringConstraints(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")]
 Counter = Annotated[int, Field(ge=1, lt=1 << 53)]
 Zero = Annotated[int, Field(ge=0, lt=1 << 53)]
@@ -179,6 +180,10 @@ class Info(_Addressed):
     facts: dict[str, JsonValue]
     profile: str
     inventory: dict[str, JsonValue]
+    #: To whom grants may be sealed (``age1…``), the identity in use first.
+    grant: Annotated[list[Recipient], Field(max_length=8)] | None = None
+    #: The version of the fleet's table from which the keys are that it obeys; None: they are those of its enrolment.
+    keys_version: Counter | None = None
 
 
 class Reported(_Addressed):
@@ -234,6 +239,8 @@ class Enrolment(_Addressed):
     #: PEM, leaf first; empty where the integrator brings his own.
     certificate: Annotated[str, StringConstraints(max_length=16384)] = ""
     keys: Annotated[list[SigningKey], Field(min_length=1, max_length=32)]
+    #: The fleet's latest table of keys when this was signed: later ones replace these keys.
+    keys_version: Counter | None = None
 
 
 _M = TypeVar("_M", bound=_Message)

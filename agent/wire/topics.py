@@ -16,6 +16,9 @@ CLAIM = "claim"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 #: What a device subscribes to, below ``dn/``.
 DOWN = ("job", "desired", "rpc/+", "blk/+")
+#: Blocks of a delivery: asked for, and given below it, by the transfer's name.
+BLOCKS_UP = "up/blk"
+BLOCKS_DOWN = "dn/blk/"
 RETAINED = frozenset(("up/status", "up/info", "up/reported", "dn/desired", "dn/job"))
 
 

@@ -165,6 +165,31 @@ def test_text_that_is_not_utf8_is_reported_with_its_line(tmp_path: Path) -> None
         load(path, explicit=True)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://models.example", "https://models.example:8443/fleet/", "https://[2001:db8::1]/x", "http://localhost:8000/x",
+        "http://127.0.0.1/", "http://[::1]:8000",
+    ],
+)  # fmt: skip
+def test_a_mirror_is_where_somebody_vouches_for_the_name(url: str, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(f'[delivery]\nmirrors = ["{url}"]\n')
+    assert load(tmp_path / "c.toml", explicit=True).delivery.mirrors == (url,)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "models.example", "http://models.example/", "http://127.0.0.1.example/", "http://localhost.example", "ftp://x/",
+        "https://", "https:///x", "https://user:word@models.example/", "https://models.example/?a", "https://x/#y",
+        "https://models.example/a b", "https://models.example:0/", "https://models.example:99999/", "https://[::1/",
+        "https://mod\\u00e9les.example/", "https://models.example/\\nx", "file:///etc/passwd",
+    ],
+)  # fmt: skip
+def test_a_mirror_that_cannot_be_one_is_refused(url: str, tmp_path: Path) -> None:
+    assert "delivery.mirrors" in refused(f'[delivery]\nmirrors = ["{url}"]\n', tmp_path)
+
+
 def test_several_mistakes_are_told_at_once(tmp_path: Path) -> None:
     said = refused("[server]\nx = 1\n[store]\nquota_mb = 0\n[nothing]\n", tmp_path)
     assert said == "server.x: unknown key; store.quota_mb: must be greater than or equal to 1; nothing: unknown key"

@@ -36,7 +36,9 @@ def sha(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def bundle(path, variants, *, golden_from=None, name="m", version="1.0.0", threshold=0.95, **policy):
+def bundle(
+    path, variants, *, golden_from=None, name="m", version="1.0.0", threshold=0.95, requires_agent=None, **policy
+):
     """A bundle file of ``{id: (precision, bytes)}`` over the signature of ``onnx_models.linear``."""
     files = {f"{key}.onnx": data for key, (_, data) in variants.items()}
     golden = None
@@ -68,6 +70,7 @@ def bundle(path, variants, *, golden_from=None, name="m", version="1.0.0", thres
             ],
             "golden": golden,
             "policy": policy or {"prefer": "latency"},
+            "requires_agent": requires_agent,
         }
     )
     with path.open("wb") as stream:

@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 
+from agent.base.config import DeliveryConfig
 from agent.core.admin_api import AdminApi, Documents
 from agent.core.cache_api import CacheApi
+from agent.core.incoming_api import IncomingApi
 from agent.core.link_api import LinkApi, NoFleet
 from agent.serve.access import CARRY, OPERATE
 from agent.serve.routes import Route
+from agent.trust.desk import Desk
 from tests.core.conftest import Agent
 from tests.core.desk import Keys
 
@@ -27,6 +30,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 #: Any user of this machine but root, to stand for link's.
 LINK = pwd.getpwnam("nobody")
 STRANGER = 4343
+LINKS = ("settings", "received", "outgoing", "confirmed", "state", "csr", "enrolment", "wants")
 
 #: Asks for each target as another user: JSON in, statuses out.
 _ASKING = """
@@ -49,7 +53,8 @@ def rows() -> list[Route]:
     nothing: Any = SimpleNamespace()
     api = AdminApi(nothing, nothing, nothing, nothing, Documents(dict, list, nothing), nothing, lambda: None)
     kept = CacheApi(nothing, nothing, nothing, nothing)
-    return [*api.routes(), *kept.routes(), *LinkApi(NoFleet).routes()]
+    incoming = IncomingApi(Desk(), DeliveryConfig)
+    return [*api.routes(), *kept.routes(), *LinkApi(NoFleet).routes(), *incoming.routes()]
 
 
 def target(route: Route) -> tuple[str, str]:
@@ -83,12 +88,14 @@ def test_each_row_is_for_operators_unless_it_is_in_links_table(device: Agent) ->
     every = rows()
     assert {route.right for route in every} == {OPERATE, CARRY}
     assert {route.pattern for route in every if route.right == CARRY} == {
-        f"/v1/link/{name}" for name in ("settings", "received", "outgoing", "confirmed", "state", "csr", "enrolment")
+        "/v1/incoming/{id}",
+        "/v1/incoming/{id}/failed",
+        *(f"/v1/link/{name}" for name in LINKS),
     }
     statuses = asked_as(device, LINK.pw_uid, LINK.pw_gid, [target(route) for route in every])
     for route, status in zip(every, statuses, strict=True):
         if route.right == CARRY:
-            assert status in (200, 400), route  # 400: the body was none
+            assert status in (200, 400, 404), route  # 400: the body was none; 404: nobody waits for it
         else:
             assert status == 403, route
     assert device.process is not None and device.process.poll() is None

@@ -28,6 +28,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from agent.base.errors import AgentError
+from agent.store import age
 from agent.trust.allegiance import Allegiance, load, trusted_keys
 from agent.trust.envelope import EnvelopeError, Signer, open_envelope, seal
 from agent.wire import messages as wire
@@ -156,6 +157,9 @@ class SimulatedDevice:
         self.desired: list[wire.Desired] = []
         self.facts: dict[str, Any] = dict(FACTS)
         self.inventory: dict[str, Any] = dict(INVENTORY)
+        #: To whom grants may be sealed; an old agent tells nobody (None).
+        self.grant: age.Identity | None = age.Identity(secrets.token_bytes(32))
+        self.keys_version: int | None = None
         self.plays: Callable[[wire.Job], Sequence[State]] = lambda job: WELL
         self.answers: Callable[[wire.RpcRequest], Mapping[str, Any] | None] = lambda request: {"pong": True}
         self.result: Mapping[str, Any] | None = None
@@ -224,6 +228,8 @@ class SimulatedDevice:
             facts=self.facts,
             profile=str(self.facts.get("profile", "")),
             inventory=self.inventory,
+            grant=None if self.grant is None else [self.grant.recipient().text()],
+            keys_version=self.keys_version,
         )
 
     def say_info(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 import threading
@@ -21,6 +22,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 _CHUNK = 16384
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: close() sends a reset
+#: tcp_info in linux/tcp.h since 4.19: where tcpi_bytes_sent and tcpi_bytes_retrans lie.
+_INFO_BYTES, _SENT_AT = 216, 200
 
 
 @dataclass
@@ -38,12 +41,15 @@ class Faults:
 class Proxy:
     """Runs in a thread of its own; its methods may be called from any thread."""
 
-    def __init__(self, target: int, host: str = "127.0.0.1") -> None:
+    def __init__(self, target: int, host: str = "127.0.0.1", *, send_bytes: int = 0) -> None:
+        """``send_bytes``: what may wait on the way to a client, so that a cut comes near its count; 0 = as it is."""
         self._target = (host, target)
+        self._send_bytes = send_bytes
         self._faults = Faults()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
+        self._watched: dict[tuple[asyncio.StreamWriter, asyncio.StreamWriter], tuple[socket.socket, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.port = 0
         #: Connections made, and bytes forwarded, since the start.
@@ -51,6 +57,9 @@ class Proxy:
         self.forwarded = 0
         #: When each connection was made, in the loop's seconds.
         self.times: list[float] = []
+        #: Bytes that went to the client, of connections that are over, by our port towards the target. What was still
+        #: waiting on this side is not among them.
+        self.sent: dict[int, int] = {}
 
     def __enter__(self) -> Proxy:
         self._thread.start()
@@ -138,8 +147,13 @@ class Proxy:
         except OSError:
             _reset(writer)
             return
+        if self._send_bytes:
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_bytes)
         pair = (writer, far_writer)
         self._pairs.add(pair)
+        near = writer.get_extra_info("socket").fileno()
+        # A descriptor of its own: what the transport has lost it closes.
+        self._watched[pair] = socket.socket(fileno=os.dup(near)), far_writer.get_extra_info("sockname")[1]
         carried = [0]
         pumps = (
             self._pump("up", reader, far_writer, pair, carried),
@@ -186,6 +200,14 @@ class Proxy:
             self._pairs.discard(pair)
             for writer in pair:
                 _reset(writer)
+            self._loop.call_soon(self._weigh, *self._watched.pop(pair))
+
+    def _weigh(self, near: socket.socket, port: int) -> None:
+        """After the transport has let go of it: what has gone out now is all that ever arrives."""
+        said = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+        near.close()
+        sent, again = struct.unpack_from("QQ", said, _SENT_AT)
+        self.sent[port] = sent - again
 
     def _close_all(self) -> None:
         for pair in list(self._pairs):

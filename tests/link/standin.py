@@ -16,17 +16,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from agent.base.config import DeliveryConfig
 from agent.base.errors import AgentError
+from agent.core.incoming_api import IncomingApi
 from agent.serve.access import CARRY
 from agent.serve.admin import ADMIN_LIMITS, admin_server
 from agent.serve.exchange import Request, Response, json_response
 from agent.serve.routes import Route
 from agent.serve.server import Server
+from agent.trust.desk import Desk
 from tests.link.broker import TENANT, Credentials, until
 from tests.serve.running import Running
 
 KEYID = "0123456789abcdef0123456789abcdef"
-_LIMITS = replace(ADMIN_LIMITS, body_bytes=256 << 10, request_s=60.0, idle_s=75.0)
+_LIMITS = replace(ADMIN_LIMITS, body_bytes=256 << 10, request_s=90.0, idle_s=75.0)
 
 
 class StandIn:
@@ -56,6 +59,9 @@ class StandIn:
         self.states: list[dict[str, Any]] = []
         self.csrs: list[str] = []
         self.enrol: Callable[[bytes], dict[str, Any]] = lambda envelope: {"verdict": "refused", "reason": "malformed"}
+        #: What is wanted from outside, of this start, and from where.
+        self.desk = Desk()
+        self.delivery = DeliveryConfig()
         #: Waiting to be published: text of the topic -> message; confirmed ones are gone, whatever link that was.
         self._messages: list[dict[str, Any]] = []
         self._lock = asyncio.Lock()
@@ -64,6 +70,7 @@ class StandIn:
 
     def start(self) -> StandIn:
         self._nonce = secrets.token_hex(4)
+        self.desk = Desk()
         self._count = 0
         self._acknowledged = 0
         for message in self._messages:
@@ -146,7 +153,9 @@ class StandIn:
             ("POST", "state", self._state), ("POST", "csr", self._csr), ("POST", "enrolment", self._enrolment),
         )  # fmt: skip
         routes = [Route(method, f"/v1/link/{name}", CARRY, handler) for method, name, handler in rows]
-        return admin_server(routes, link_uid=None, limits=_LIMITS)
+        incoming = IncomingApi(self.desk, lambda: self.delivery)
+        incoming.start()
+        return admin_server([*routes, *incoming.routes()], link_uid=None, limits=_LIMITS)
 
     def _get_settings(self, _request: Request) -> Response:
         return json_response(self.settings)

@@ -204,3 +204,18 @@ def test_when_too_much_is_here_no_more_is_read_until_half_of_it_is_done(payload:
         assert wire.holds == [True, False]
 
     story(tell)
+
+
+def test_blocks_are_acknowledged_at_once_and_are_not_for_core() -> None:
+    async def work() -> None:
+        core, blocks = Core(), list[tuple[str, bytes]]()
+        wire = Wire(core)
+        wire.inbound = Inbound(core.hand_in, wire.holds.append, lambda xfer, payload: blocks.append((xfer, payload)))
+        wire.bring(("blk/x1", b"one"), ("blk/x1", b"two"))
+        wire.bring(("blk/x2", b"lost"), qos=0)
+        await settle()
+        assert blocks == [("x1", b"one"), ("x1", b"two"), ("x2", b"lost")]
+        assert wire.acked == [b"one", b"two"] and core.asked == [] and wire.holds == []
+        wire.inbound.stop()
+
+    asyncio.run(work())

@@ -132,7 +132,8 @@ def test_new_settings_make_a_new_connection(broker: Broker, link: LinkProcess) -
         core.until_state(connected=True)
         core.change(outbox_mb=2)
         core.until_state(connected=True, reconnects=1)
-        assert [document(item)["reason"] for item in operator.on("d1/up/status")] == ["", "new settings", ""]
+        said = ["", "new settings", ""]
+        until(lambda: [document(item)["reason"] for item in operator.on("d1/up/status")] == said, "each is told")
         credentials = broker.device("d2")
         files = {"cert_file": str(credentials.certificate), "key_file": str(credentials.key)}
         core.change(device="d2", broker={**core.settings["broker"], **files})

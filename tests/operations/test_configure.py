@@ -90,6 +90,11 @@ def test_what_cannot_be_is_the_fleets_fault(over: dict[str, Any], device: Device
     assert device.held == []
 
 
+def test_a_fleet_names_the_mirrors() -> None:
+    found = effective(Config(), {"delivery": {"mirrors": ["https://m.example"], "rate_kib_s": 64}}).delivery
+    assert (found.mirrors, found.rate_kib_s, found.blocks) == (("https://m.example",), 64, True)
+
+
 def test_applied_it_holds_and_confirmed_it_stays(device: Device) -> None:
     device.remote.apply(ONE, "a")
     assert device.state == ("confirming", ONE)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.base.errors import NotFoundError
+from agent.trust.desk import Desk
 from agent.trust.repository import Limits, Marks, Repository, State
-from agent.trust.wants import DelayError, DeliveryError, Desk, Want
+from agent.trust.wants import DelayError, DeliveryError, Want
 from tests.trust.repositories import NOW, Simulator, clock
 
 PATH = "models/digits/1.0.0/model.json"
@@ -186,7 +186,7 @@ def test_endless_data_is_cut_off_at_what_each_file_may_have(
                 yield bytes(4096)
 
         with pytest.raises(DeliveryError):
-            desk.put(want.id, pieces())
+            desk.put(want.id, 0, pieces())
 
     assert refused(device(wants=Endless()).refresh).code == "too_long"
     assert taken <= Limits().targets_bytes + 4096
@@ -493,7 +493,7 @@ def test_somebody_else_brings_what_verification_waits_for(mirror: Simulator, dev
         while not ended.is_set():
             for want in desk.open_wants(0.05):
                 try:
-                    desk.put(want.id, [mirror.fetch(want)])
+                    desk.put(want.id, 0, [mirror.fetch(want)])
                 except DelayError as error:
                     desk.fail(want.id, error.code, "nothing there")
 
@@ -509,72 +509,9 @@ def test_somebody_else_brings_what_verification_waits_for(mirror: Simulator, dev
         carrier.join()
 
 
-def test_a_want_is_open_until_its_bytes_are_whole(mirror: Simulator) -> None:
-    desk, results = Desk(), []
-    want = Want("w1", "metadata/timestamp.json", 10, 5.0, length=4)
-    waiter = threading.Thread(target=lambda: results.append(desk.fetch(want)))
-    waiter.start()
-    assert desk.open_wants(5) == (want,)
-
-    def cut():
-        yield b"ab"
-        raise ConnectionResetError
-
-    with pytest.raises(ConnectionResetError):
-        desk.put("w1", cut())
-    assert desk.open_wants() == (want,)
-    desk.put("w1", [b"ab", b"cd"])
-    waiter.join()
-    assert results == [b"abcd"] and desk.open_wants() == ()
-    with pytest.raises(NotFoundError):
-        desk.put("w1", [b"late"])
-
-
-def test_a_desk_that_stops_tells_whoever_waits_and_refuses_the_next() -> None:
-    desk, errors = Desk(most_at_once=1), []
-    want = Want("w1", "x", 10, 5.0)
-
-    def wait() -> None:
-        try:
-            desk.fetch(want)
-        except DelayError as error:
-            errors.append(error.code)
-
-    waiter = threading.Thread(target=wait)
-    waiter.start()
-    desk.open_wants(5)
-    with pytest.raises(DelayError) as full:
-        desk.fetch(Want("w2", "y", 10, 5.0))
-    assert full.value.code == "too_many"
-    desk.stop()
-    waiter.join()
-    with pytest.raises(DelayError):
-        desk.fetch(want)
-    assert errors == ["stopped"]
-
-
-@pytest.mark.parametrize(("length", "sha256"), [(3, None), (None, "0" * 64)])
-def test_what_is_brought_must_be_what_was_wanted(length: int | None, sha256: str | None) -> None:
-    desk, errors = Desk(), []
-
-    def wait() -> None:
-        try:
-            desk.fetch(Want("w1", "x", 10, 5.0, length=length, sha256=sha256))
-        except DeliveryError as error:
-            errors.append(error.code)
-
-    waiter = threading.Thread(target=wait)
-    waiter.start()
-    desk.open_wants(5)
-    with pytest.raises(DeliveryError):
-        desk.put("w1", [b"four"])
-    waiter.join()
-    assert errors == ["wrong_content"]
-
-
 def test_core_starts_without_tuf() -> None:
     """It is 6 MB that a device without a repository never pays."""
-    code = "import sys, agent.core.daemon, agent.trust.wants, agent.trust.grants; print('tuf' in sys.modules)"
+    code = "import sys, agent.core.daemon, agent.trust.desk, agent.trust.grants; print('tuf' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
