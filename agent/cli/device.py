@@ -16,7 +16,15 @@ import agent.base.lean  # noqa: F401 - before whatever brings pydantic in
 from agent import __version__
 from agent.base.errors import AgentError
 from agent.base.paths import Paths, resolve_paths
-from agent.cli import admin_commands, deliver_command, fleet_commands, infer_command, local_commands, model_commands
+from agent.cli import (
+    admin_commands,
+    deliver_command,
+    fleet_commands,
+    infer_command,
+    local_commands,
+    model_commands,
+    units_command,
+)
 from agent.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, print_error
 
 _EPILOG = """\
@@ -38,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"edge-agent {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     local_commands.register(commands, common)
+    units_command.register(commands, common)
     model_commands.register(commands, common)
     infer_command.register(commands, common)
     admin_commands.register(commands, common)

@@ -7,7 +7,9 @@ from typing import Any
 from agent.base import config as configuration
 from agent.base.config import Config
 from agent.base.errors import AgentError, ConfigError
-from agent.base.paths import Paths
+from agent.base.paths import DEFAULT_RUN_DIR, DEFAULT_STATE_DIR, Paths
+from agent.cli.service import ask_systemd, check_service
+from agent.cli.units_command import look
 from agent.client import AdminClient
 from agent.core import health
 from agent.core.device import look_at_device
@@ -16,7 +18,7 @@ from agent.infer.runtimes.probe import Runtimes
 
 def diagnose(paths: Paths) -> list[dict[str, Any]]:
     """All findings as JSON objects."""
-    own = _configuration(paths)
+    own = [*_configuration(paths), *_service(paths)]
     try:
         answer = AdminClient(str(paths.admin_socket)).call("GET", "/v1/doctor")
     except AgentError as error:
@@ -31,6 +33,13 @@ def _configuration(paths: Paths) -> list[health.Finding]:
     except ConfigError as error:
         return [health.from_error("config", error)]
     return [health.Finding("config", "ok", str(paths.config) if paths.config.exists() else "defaults")]
+
+
+def _service(paths: Paths) -> list[health.Finding]:
+    """Of the service, where it is what is asked about and not an agent with folders of somebody's own."""
+    if (paths.state_dir, paths.run_dir) != (DEFAULT_STATE_DIR, DEFAULT_RUN_DIR):
+        return []
+    return check_service(look(paths), ask_systemd)
 
 
 def _without_core(paths: Paths) -> list[health.Finding]:

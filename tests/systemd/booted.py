@@ -19,7 +19,7 @@ OUT = Path("/opt/edge-agent/out")
 INFER = "/run/edge-agent/infer.sock"
 ADMIN = "/run/edge-agent/admin.sock"
 APP_UID = 4711
-AGENT = "/opt/edge-agent/bin/edge-agent"
+AGENT = "/opt/edge-agent/current/bin/edge-agent"
 
 seen: dict[str, object] = {}
 

@@ -42,7 +42,7 @@ def machine(tmp_path: Path) -> Path:
     for path in UNITS.iterdir():
         shutil.copy(path, installed)
     shutil.copytree(SYSTEM_UNITS, tmp_path / "usr/lib/systemd/system", symlinks=True)
-    for program in ("bin/sh", "bin/rm", "bin/systemctl", "opt/edge-agent/bin/edge-agent"):
+    for program in ("bin/sh", "bin/rm", "bin/systemctl", "opt/edge-agent/current/bin/edge-agent"):
         path = tmp_path / program
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("#!/bin/sh\n")

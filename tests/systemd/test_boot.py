@@ -29,10 +29,11 @@ PLACES = {
     ".socket": "/etc/systemd/system/{name}",
     ".target": "/etc/systemd/system/{name}",
     ".path": "/etc/systemd/system/{name}",
+    ".slice": "/etc/systemd/system/{name}",
     ".sysusers": "/etc/sysusers.d/edge-agent.conf",
     ".tmpfiles": "/etc/tmpfiles.d/edge-agent.conf",
 }
-AGENT = """#!/opt/edge-agent/bin/python
+AGENT = """#!/opt/edge-agent/current/bin/python
 import sys
 from agent.cli.device import main
 sys.exit(main())
@@ -107,6 +108,7 @@ def _install(prefix: Path) -> None:
     (prefix / "bin/edge-agent").chmod(0o755)
     # A path file and no link: hooks of an editable install in there must not lead back to the checkout.
     (library / "story.pth").write_text("/opt/edge-agent/src\n/opt/edge-agent/packages/site-packages\n")
+    (prefix / "current").symlink_to(".")
     shutil.copytree(ROOT / "agent", prefix / "src/agent", ignore=shutil.ignore_patterns("__pycache__"))
 
 

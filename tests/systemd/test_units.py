@@ -20,7 +20,8 @@ CORE = "edge-agent-core.service"
 SOCKETS = ("edge-agent-infer.socket", "edge-agent-admin.socket")
 LINK = "edge-agent-link.service"
 REBOOT = ("edge-agent-reboot.path", "edge-agent-reboot.service")
-ALL = (CORE, LINK, *SOCKETS, *REBOOT, "edge-agent.target")
+DEVICE = "edge-agent-device.service"
+ALL = (CORE, LINK, *SOCKETS, *REBOOT, DEVICE, "edge-agent.target", "edgeagent.slice")
 BUDGET = 0.6
 LINK_BUDGET = 1.3
 
