@@ -35,7 +35,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from daemon import Daemon, bundle, linear, sample, weights
+from daemon import SHORT_TRIALS, Daemon, bundle, linear, sample, weights
 
 from agent.base.errors import AgentError
 from agent.store.keys import FILE_NEXT
@@ -110,7 +110,8 @@ class Device:
     """The daemon with its store, the files that are added to it, and what each version must answer."""
 
     def __init__(self, folder: Path) -> None:
-        self.daemon = Daemon(folder)
+        # Without probations: a version during whose probation the agent dies again and again is taken back.
+        self.daemon = Daemon(folder, SHORT_TRIALS + "[probation]\nlocal = false\n")
         self.blobs = self.daemon.state / "store" / "blobs"
         self.next_secret = self.daemon.state / "keys" / FILE_NEXT
         self._seeds: dict[tuple[str, str], int] = {}

@@ -149,10 +149,8 @@ def _status(arguments: argparse.Namespace, paths: Paths) -> int:
     if why := "; ".join(level["why"] for level in result["governor"]["levels"].values() if level["level"]):
         print(f"governor   stepped down: {why}")
     for model, watched in result["probation"].items():
-        asked = f"{watched['requests']} of {watched['most_requests']} requests"
-        print(
-            f"probation  {model} {watched['version']}: {asked}, {watched['elapsed_s']:.0f} of {watched['most_s']:.0f} s"
-        )
+        seen = f"{watched['requests']} of {watched['most_requests']} requests"
+        print(f"probation  {model} {watched['version']}: {seen} in {watched['elapsed_s']:.0f} s")
     _print_fleet(result)
     rows = [(row["name"], row["version"], row["state"], row["reason"]) for row in result["models"]]
     if rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -35,24 +36,33 @@ def as_json(count: int) -> bytes:
 @pytest.mark.parametrize("output", [{"classification": 5}, {"classification": 20_000}, {}])
 def test_others_are_answered_while_a_long_tensor_is_sorted_or_written(tmp_path: Path, output: dict[str, Any]) -> None:
     path = tmp_path / "s"
-    with serving(path)[0], connect(path) as long:
-        long.sendall(echo(4_000_000 if output else 400_000, **output))
-        over = threading.Event()
-        said: list[int] = []
+    with serving(path)[0]:
+        for _ in range(5):  # on a busy machine it may be over before anybody else has his turn
+            with connect(path) as long:
+                long.sendall(echo(4_000_000 if output else 400_000, **output))
+                if asked_during(path, long) >= 3:
+                    return
+    pytest.fail("nobody was answered meanwhile")
 
-        def wait() -> None:
-            said.append(answer(long)[0])
-            over.set()
 
-        waiting = threading.Thread(target=wait)
-        waiting.start()
-        during = 0
-        while not over.is_set():
-            assert ask(path, get("/v2/health/live"))[0] == 200
-            during += not over.is_set()
-        waiting.join()
-        assert said == [200]
-        assert during >= 3
+def asked_during(path: Path, long: socket.socket) -> int:
+    """How many others were answered before ``long`` was."""
+    over = threading.Event()
+    said: list[int] = []
+
+    def wait() -> None:
+        said.append(answer(long)[0])
+        over.set()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    during = 0
+    while not over.is_set():
+        assert ask(path, get("/v2/health/live"))[0] == 200
+        during += not over.is_set()
+    waiting.join()
+    assert said == [200]
+    return during
 
 
 def test_a_long_json_body_says_the_same_as_a_short_one(tmp_path: Path) -> None:
