@@ -26,6 +26,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 #: On the Pythons beside the main one a few of these suffice.
 _MAIN_ONLY = (
     "tests/core/",
+    "tests/deploy/",
     "tests/docs/",
     "tests/fleet/",
     "tests/fuzz/",
