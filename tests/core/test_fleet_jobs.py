@@ -87,7 +87,7 @@ def test_a_running_job_is_cancelled_at_its_next_safe_point(busy: FleetDevice, la
     busy.fleet.cancel(lane)
     ended = busy.fleet.ended(lane)
     assert (ended["state"], ended["error"]["code"]) == ("cancelled", "cancelled")
-    assert busy.status()["under_way"] is None or busy.status()["jobs"] == {}
+    until(lambda: busy.status()["jobs"] == {}, "the lane is free", PATIENCE_S)
     assert busy.fleet.done("store.gc") is not None
 
 

@@ -38,11 +38,10 @@ def test_help_says_what_it_does() -> None:
 
 
 @ROOT_ONLY
-def test_a_user_without_rights_is_told_so(tmp_path: Path) -> None:
-    program = tmp_path / "install.sh"
+def test_a_user_without_rights_is_told_so(short_dir: Path) -> None:
+    program = short_dir / "install.sh"
     shutil.copy(INSTALL, program)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    short_dir.chmod(0o755)
     done = subprocess.run(["bash", program], stderr=subprocess.PIPE, text=True, check=False, user=65534)
     assert done.returncode == 1 and "error: cannot install: that takes root" in done.stderr
 
