@@ -20,7 +20,7 @@ from agent.store.document import BlobRef, StagedVersion
 from agent.store.faults import storage
 from agent.store.space import Hold
 from agent.store.store import Store
-from agent.trust.wants import TARGETS, Want, ids, payload_target, target_file
+from agent.trust.wants import TARGETS, DeliveryError, Want, ids, payload_target, target_file
 from agent.work.steps import Turn
 
 #: As for metadata: so long is waited at all, and longer at so many bytes a second.
@@ -96,8 +96,17 @@ class Fetching:
         length = stream.payload_size(ref.size)
         target = target_file(payload_target(self._model, self._version, ref.name), path.name)
         within = _PATIENCE_S + length / _LEAST_RATE
-        want = Want(self._ids(), quote(f"{TARGETS}/{target}"), length, within, length, path.name)
-        self._desk.fetch_file(want, path, progress, turn.go_on)
+
+        def fetch() -> None:
+            want = Want(self._ids(), quote(f"{TARGETS}/{target}"), length, within, length, path.name)
+            self._desk.fetch_file(want, path, progress, turn.go_on)
+
+        try:
+            fetch()
+        except DeliveryError as error:
+            # Whoever brings them asks the place that had wrong bytes last from now on: another one may have the right.
+            turn.tell({"stage": "waiting", "reason": str(error)})
+            fetch()
 
     def keep(self, turn: Turn, staged: StagedVersion, files: Sequence[FileRef]) -> None:
         """Delete what lies in the folder but these."""

@@ -218,6 +218,23 @@ def test_a_swapped_payload_of_the_same_length(device: Device, operator: Operator
     require_refused(device, operator, "wrong_content", site)
 
 
+def test_wrong_bytes_of_one_mirror_where_another_has_the_right_ones(device: Device, operator: Operator) -> None:
+    """Whoever brings them takes them from another place the second time."""
+    spoilt: list[str] = []
+
+    def tamper(path: str, data: bytes | None) -> bytes | None:
+        if data is None or "/payload/" not in path or spoilt:
+            return data
+        spoilt.append(path)
+        return bytes(len(data))
+
+    device.mirror.site, device.mirror.tamper = operator.site, tamper
+    assert install(device, operator, "2.0.0")["version"] == "2.0.0"
+    assert len(spoilt) == 1
+    assert [path for path, _ in device.mirror.asked].count(spoilt[0]) == 2
+    assert device.models() == {NAME: ("2.0.0", ["1.0.0", "2.0.0"])} and device.left_behind() == []
+
+
 def test_a_payload_swapped_in_the_metadata(device: Device, operator: Operator, site: Path) -> None:
     """With every key of the repository: the job's grant is for the payload that the operator granted."""
 
