@@ -210,8 +210,9 @@ class Loader:
 
     async def close(self, timeout_s: float) -> bool:
         """Wait for loads under way, end every session; whether all has ended."""
-        if self._tasks:
-            await asyncio.wait(list(self._tasks), timeout=timeout_s)
+        until = time.monotonic() + timeout_s
+        while self._tasks and (left := until - time.monotonic()) > 0:  # a load that ends may let another session go
+            await asyncio.wait(list(self._tasks), timeout=left)
         clean = not self._tasks and not self._lost
         if self._timer is not None:
             self._timer.cancel()

@@ -279,6 +279,20 @@ def test_the_form_for_the_long_run_takes_over_once_the_first_has_cost_more_than_
     drive(story)
 
 
+def test_closing_waits_for_the_session_that_is_let_go_because_a_load_ended_meanwhile():
+    gate = threading.Event()
+    made = two_forms(small())
+    slow = replace(made.forms[1], open_model=Blob(onnx_models.linear(), gate=gate), digest="other")
+
+    async def story(engine):
+        engine.put(shelf(served("m", replace(made, forms=(made.forms[0], slow)))))
+        while not slow.open_model.opened:
+            await answer(engine, "m")
+        threading.Timer(0.2, gate.set).start()  # by then the engine is closing
+
+    drive(story)
+
+
 def test_a_form_that_does_not_pay_does_not_take_over():
     async def story(engine):
         engine.put(shelf(served("m", two_forms(small(), steady_run_s=10.0))))
