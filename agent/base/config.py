@@ -198,6 +198,8 @@ class LinkConfig(_Section):
     #: The first connection after a start is made within so many seconds, drawn: a fleet comes back spread out.
     splay_s: Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)] = 10.0
     outbox_mb: Annotated[int, Field(ge=1, le=4096)] = 16
+    #: How fast telemetry is handed over, above all that of an outage; 0 = as fast as it goes.
+    outbox_kib_s: Annotated[int, Field(ge=0, le=1 << 30)] = 1024
     #: A configuration that the fleet applied is taken back when the link has not come back with it by then.
     confirm_s: Seconds = 300.0
 

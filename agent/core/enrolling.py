@@ -172,6 +172,7 @@ def settings_document(enroller: Enroller, config: LinkConfig, boot_nonce: str) -
         "keyid": enroller.signer.keyid if enroller.signer else "",
         "broker": _broker(config, claiming=state == "claim"),
         "outbox_mb": config.outbox_mb,
+        "outbox_kib_s": config.outbox_kib_s,
         "splay_s": config.splay_s,
         "certificate": enroller.certificate or None,
     }

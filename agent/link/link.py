@@ -325,7 +325,13 @@ class Link:
         self._outcome.refused.clear()
         self._outbox.mark_backlog()
         publisher = Publisher(
-            connection, settings.topic, self._pending, self._outbox, self._outcome, self._confirmations.put
+            connection,
+            settings.topic,
+            self._pending,
+            self._outbox,
+            self._outcome,
+            self._confirmations.put,
+            telemetry_rate=settings.telemetry_rate,
         )
         self._publisher = publisher
         self._say_status("core does not answer" if self._told_silence else "")

@@ -172,7 +172,11 @@ class Outcome:
 
 
 class Publisher:
-    """Publishes over one connection until it ends. ``taken`` gets each message that the broker has taken."""
+    """Publishes over one connection until it ends. ``taken`` gets each message that the broker has taken.
+
+    ``telemetry_rate``: bytes of telemetry a second, 0 = as fast as it goes. What an outage has kept is handed over
+    without haste, so that apps on the device, and a fleet that comes back together, do not feel it.
+    """
 
     def __init__(
         self,
@@ -182,6 +186,7 @@ class Publisher:
         outbox: Outbox,
         outcome: Outcome,
         taken: Callable[[Message], None],
+        telemetry_rate: float = 0.0,
     ) -> None:
         self._connection = connection
         self._topic = topic
@@ -189,6 +194,7 @@ class Publisher:
         self._outbox = outbox
         self._outcome = outcome
         self._taken = taken
+        self._telemetry_rate = telemetry_rate
         self._loop = asyncio.get_running_loop()
         self._flying: list[Batch] = []
         self._telemetry_after = 0.0
@@ -237,6 +243,10 @@ class Publisher:
         if batch is None:
             return False
         self._flying.append(batch)
+        if self._telemetry_rate:
+            pause_s = len(batch.payload) / self._telemetry_rate
+            self._telemetry_after = self._loop.time() + pause_s
+            self._loop.call_later(pause_s, self.wake)
         answer = self._connection.publish(self._topic(f"up/tel/{batch.stream}"), batch.payload, retain=False)
         answer.add_done_callback(lambda done: self._telemetry_answered(batch, done.result()))
         return True

@@ -52,6 +52,8 @@ class Settings:
     splay_s: float
     #: PEM of the certificate that the enrolment gave; empty without one.
     certificate: str = ""
+    #: Bytes of telemetry a second; 0 = as fast as it goes.
+    telemetry_rate: float = 0.0
 
     @property
     def client_id(self) -> str:
@@ -115,6 +117,7 @@ def parse_settings(document: Any) -> Settings:
         outbox_mb=max(1, field_of(known, "outbox_mb", int)),
         splay_s=max(0.0, float(field_of(known, "splay_s", (int, float)))),
         certificate=optional_of(known, "certificate", str) or "",
+        telemetry_rate=max(0, optional_of(known, "outbox_kib_s", int) or 0) * 1024.0,
     )
 
 

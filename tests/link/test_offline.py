@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import time
 
+from agent.link.outbox import MAX_MESSAGE_BYTES
 from tests.link.broker import Broker, until
 from tests.link.device import LinkProcess
 from tests.link.proxy import Proxy
@@ -68,6 +70,34 @@ def test_a_long_outage(broker: Broker, link: LinkProcess) -> None:
             dropped = sum(message["dropped"] for message in messages if message["stream"] == stream)
             every = [n for n in range(count) if (n % 4 == 0) == (stream == "status")]
             assert kept == every[dropped:], "the oldest are gone, and their number is right"
+
+
+def test_what_an_outage_has_kept_is_handed_over_no_faster_than_allowed(broker: Broker, link: LinkProcess) -> None:
+    operator = broker.operator("d1/up/#")
+    rate, count = 100 << 10, 2_000
+    with (
+        Proxy(broker.port) as proxy,
+        StandIn(link.folder.with_name("admin.sock"), proxy.port, broker.device("d1"), outbox_kib_s=rate >> 10) as core,
+    ):
+        proxy.refuse()
+        link.start()
+        core.until_state(connected=False)
+        for n in range(count):
+            core.record("heat", n=n, pad="x" * 100)
+        until(lambda: core.state["outbox"]["records"] == count, "taken over")
+        proxy.heal()
+        began = time.monotonic()
+
+        def heard() -> list[bytes]:
+            return list(operator.on("d1/up/tel/"))
+
+        def all_is_sent() -> bool:
+            size = sum(map(len, heard()))
+            assert size <= rate * (time.monotonic() - began) + 2 * MAX_MESSAGE_BYTES
+            return sum(len(document(payload)["records"]) for payload in heard()) == count
+
+        until(all_is_sent, "all is sent")
+        assert sum(map(len, heard())) > 2 * rate, "it was enough to tell"
 
 
 def test_answers_of_before_an_outage_are_for_nobody(broker: Broker, link: LinkProcess) -> None:
