@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import signal
 import socket
 import subprocess
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 
 import numpy as np
 import pytest
 
 from agent.base.errors import AgentError
 from agent.client import Client
+from agent.core.link_api import NoFleet
 from tests import onnx_models
 from tests.core.conftest import Agent
 
@@ -74,6 +76,22 @@ class Asker(threading.Thread):
         client.close()
 
 
+class Waiting(threading.Thread):
+    """Link, which always has a question that waits to be answered: nobody is to wait for that."""
+
+    def __init__(self, device: Activated) -> None:
+        super().__init__(daemon=True)
+        self._device = device
+        self.asked, self.ended = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.is_set():
+            with suppress(AgentError), self._device.admin() as admin:
+                admin.call("GET", "/v1/link/settings")
+                self.asked.set()
+                admin.call("GET", "/v1/link/outgoing?wait_s=60")
+
+
 @pytest.fixture
 def activated(short_dir):
     device = Activated(short_dir)
@@ -96,17 +114,34 @@ def test_nobody_fails_while_core_restarts(activated, number):
     askers = [Asker(str(infer), wanted, kept=number % 2 == 0) for number in range(CLIENTS)]
     for asker in askers:
         asker.start()
+    waiting = Waiting(activated)
+    waiting.start()
     for _ in range(3):
         answered(askers)
+        waiting.asked.wait(30)
+        waiting.asked.clear()
         activated.stop(number)
         activated.start(ready=False)
         answered(askers)
-    for asker in askers:
+    for asker in (*askers, waiting):
         asker.ended.set()
     for asker in askers:
         asker.join(60)
     assert [failure for asker in askers for failure in asker.failures] == []
     assert infer.stat().st_ino == before
+
+
+def test_a_stop_does_not_wait_for_a_link_that_waits(monkeypatch):
+    monkeypatch.setattr("agent.core.link_api._NOTHING_S", 1e6)
+
+    async def stopped() -> tuple[str, list]:
+        nobody = NoFleet()
+        question = asyncio.ensure_future(nobody.outgoing("7", 1e6))
+        await asyncio.sleep(0)
+        nobody.stop()
+        return await asyncio.wait_for(question, 60)
+
+    assert asyncio.run(stopped()) == ("7", [])
 
 
 def answered(askers: list[Asker]) -> None:
