@@ -26,7 +26,7 @@ from agent.trust.jobkeys import MAX_TABLE_BYTES, TARGET, parse_table
 from agent.trust.wants import DeliveryError, Want, manifest_target, payload_target
 
 if TYPE_CHECKING:
-    from agent.trust.repository import Marks, Repository
+    from agent.trust.repository import Marks, Repository, Target
 
 _LOG = logging.getLogger("edge_agent.delivery")
 
@@ -95,6 +95,11 @@ class Believed:
                 raise DeliveryError("mixed", f"{target.path} has another length than its manifest says")
             payloads[ref.name] = target.sha256
         return Release(manifest, payloads)
+
+    def target(self, path: str) -> Target:
+        """What the repository lists under a path, once it is up to date. DeliveryError, DelayError."""
+        assert self._open is not None
+        return self._open.find(path)
 
     def _keep(self, root: bytes, marks: Marks) -> None:
         kept = {role: MarkEntry(version=mark.version, keys=mark.keys) for role, mark in marks.items()}
