@@ -103,5 +103,4 @@ def home_of(prefix: Path, named: str | None) -> Path | None:
     if named:
         return Path(named)
     environment = prefix.resolve()
-    is_installed = (environment / ".installed").is_file() and (environment.parent / "steady").is_symlink()
-    return environment.parent if is_installed else None
+    return environment.parent if (environment / ".installed").is_file() else None

@@ -179,7 +179,7 @@ class Ground:
         with contextlib.ExitStack() as held:
             folder: int | None = None
             try:
-                for place in (self.state_dir, "update", *names[:-1]):
+                for place in (str(self.state_dir), "update", *names[:-1]):
                     folder = os.open(place, _LOOK | os.O_DIRECTORY, dir_fd=folder)
                     held.callback(os.close, folder)
                 # A pipe must not be waited for, and a file with a second name may be another user's.

@@ -42,6 +42,10 @@ class Services(Protocol):
         """How often core had to be started again since ``restart``."""
         ...
 
+    def last_words(self) -> str:
+        """What core said last of why it does not start; empty where nobody knows."""
+        ...
+
     def wait(self, seconds: float) -> bool:
         """Let time pass; whether somebody is there for whom to wait."""
         ...
@@ -153,6 +157,19 @@ class Systemd:
         text = done.stdout.strip()
         return int(text) if text.isdigit() else 0
 
+    def last_words(self) -> str:
+        """See ``Services``."""
+        try:
+            done = subprocess.run(
+                ["journalctl", "--no-pager", "--output=cat", "--lines=40", f"--unit={CORE}", "_COMM=edge-agent"],
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace", timeout=_CALL_S,
+                check=False,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        errors = [line for line in done.stdout.splitlines() if "rror" in line]
+        return errors[-1].removeprefix("error: ")[:500] if errors else ""
+
     def wait(self, seconds: float) -> bool:
         """See ``Services``."""
         time.sleep(seconds)
@@ -199,6 +216,10 @@ class Image:
     def failures(self) -> int:
         """See ``Services``."""
         return 0
+
+    def last_words(self) -> str:
+        """See ``Services``."""
+        return ""
 
     def wait(self, seconds: float) -> bool:
         """See ``Services``."""

@@ -189,7 +189,9 @@ class Updater:
         while not self._said(course, "keep"):
             self._ask(course)
             if (failures := self._services.failures()) >= MOST_FAILURES:
-                raise RefusedError(f"cannot keep {course.version}: core did not start, {failures} times")
+                words = self._services.last_words()
+                told = f"core did not start, {failures} times{': ' * bool(words)}{words}"
+                raise RefusedError(f"cannot keep {course.version}: {told}")
             if self._monotonic() >= deadline:
                 raise RefusedError(f"cannot keep {course.version}: core did not confirm it in {self._within_s:g} s")
             if not self._services.wait(_LOOK_S):

@@ -174,6 +174,9 @@ class Machine:
     def failures(self) -> int:
         return self.failed
 
+    def last_words(self) -> str:
+        return "poisoned"
+
     def wait(self, seconds: float) -> bool:
         self.clock += seconds
         return self.attended

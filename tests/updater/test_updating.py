@@ -68,7 +68,7 @@ def test_what_cannot_be_installed_says_the_installers_reason(machine: Machine) -
 def test_what_does_not_start_gives_way_to_the_one_before(machine: Machine) -> None:
     machine.update("0.1.1")
     course = machine.update("0.1.3", as_id="job-1-j2")
-    assert course.stage == "returned" and "core did not start, 3 times" in course.reason
+    assert course.stage == "returned" and "core did not start, 3 times: poisoned" in course.reason
     assert machine.links() == ["0.1.1", "0.1.0", "0.1.1"], "the way back leads where it led before"
     assert machine.units() == ["0.1.1", "0.1.1"] and machine.running == "0.1.1"
     machine.require_tidy("0.1.0", "0.1.1")
