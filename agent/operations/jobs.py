@@ -375,7 +375,7 @@ class Jobs:
 
         around = self._around
         if around.origin is None or around.updates is None:
-            raise UnsupportedError("cannot update the agent: nobody brings anything to this device")
+            return [Step("refresh", "verifying", _nobody_updates)]
         return SelfUpdate(args.version, around.store, around.origin, around.updates, around.link_is_up).steps()
 
     def _restart(self, args: _Args) -> list[Step]:
@@ -400,6 +400,10 @@ def _handle(
     fields: Mapping[str, _Field], steps: Callable[[_Args], Sequence[Step]], args: Mapping[str, Any]
 ) -> Sequence[Step]:
     return steps(_checked(fields, args))
+
+
+def _nobody_updates(turn: Turn) -> None:
+    raise UnsupportedError("cannot update the agent: nobody brings anything to this device")
 
 
 def boot_id() -> str:
