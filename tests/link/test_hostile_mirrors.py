@@ -149,7 +149,8 @@ def test_endless_data_ends_where_the_file_does(short_dir: Path, mirror: Mirror) 
     with Site(short_dir, mirrors=[mirror.base], ca_file=mirror.ca, blocks=False) as site:
         error = Waiter(site.desk, want_for(DATA, path="x"), short_dir / "payload").end()
         assert isinstance(error, DeliveryError) and error.code == "wrong_content"
-        assert mirror.sent < len(DATA) + (4 << 20), "link does not read on"
+        # What was sent meanwhile lies in the buffers of both ends: the kernel lets each grow to several MiB.
+        assert mirror.sent < len(DATA) + (16 << 20), "link does not read on"
         error = Waiter(site.desk, Want("w2", "timestamp.json", 16 << 10, 20.0)).end()
         assert isinstance(error, DeliveryError) and error.code == "too_long"
 
