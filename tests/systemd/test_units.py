@@ -27,6 +27,8 @@ TRY = "edge-agent-try.service"
 ALL = (CORE, LINK, *SOCKETS, *REBOOT, DEVICE, *UPDATE, TRY, "edge-agent.target", "edgeagent.slice")
 BUDGET = 0.6
 LINK_BUDGET = 1.3
+#: It is root, and writes below /etc and /opt.
+UPDATER_BUDGET = 1.6
 
 analyzed = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
 Read = Callable[[str], Unit]
@@ -90,6 +92,13 @@ def test_and_would_find_it_if_there_were(machine: Path, pattern: str, replacemen
 def test_core_is_exposed_no_more_than_agreed() -> None:
     level, table = exposure(UNITS / CORE)
     assert level <= BUDGET, table
+
+
+@analyzed
+@pytest.mark.parametrize(("name", "budget"), [(UPDATE[1], UPDATER_BUDGET), (TRY, BUDGET)])
+def test_the_exposure_of_the_updater_and_of_its_trial_is_within_their_budgets(name: str, budget: float) -> None:
+    level, table = exposure(UNITS / name)
+    assert level <= budget, table
 
 
 @analyzed
