@@ -138,6 +138,24 @@ def test_one_good_mirror_among_bad_ones_suffices(short_dir: Path, mirror: Mirror
     assert (short_dir / "payload").read_bytes() == DATA
 
 
+def test_metadata_that_core_does_not_believe_comes_from_another_mirror_next(short_dir: Path, mirror: Mirror) -> None:
+    """No length and no digest is known of the first file of all: only its signature tells."""
+    path = "metadata/timestamp.json"
+    mirror.files[path] = b"of last year"
+    with (
+        Mirror({path: b"of today"}) as good,
+        Site(short_dir, mirrors=[mirror.base, good.base], ca_file=mirror.ca, blocks=False) as site,
+    ):
+        seen = []
+        for number in range(4):
+            waiter = Waiter(site.desk, Want(f"w{number}", path, 1 << 20, 20.0))
+            assert waiter.end() is None
+            seen.append(waiter.data)
+            if number == 1:
+                site.desk.doubt()
+    assert seen == [b"of last year"] * 2 + [b"of today"] * 2
+
+
 def test_endless_data_ends_where_the_file_does(short_dir: Path, mirror: Mirror) -> None:
     def endless(exchange: Exchange) -> None:
         exchange.head(200)
