@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -117,9 +118,17 @@ class SelfUpdate:
             held.wrote(done)
             turn.tell({"stage": "fetch", "phase": "downloading", "bytes": done, "total": length})
 
+        def fetch() -> None:
+            try:
+                self._origin.desk.fetch_file(want, tar, progress, turn.go_on)
+            except DeliveryError as error:
+                # Whoever brings it asks the place that had wrong bytes last from now on: another may have the right.
+                turn.tell({"stage": "waiting", "reason": str(error)})
+                self._origin.desk.fetch_file(replace(want, id=self._ids()), tar, progress, turn.go_on)
+
         try:
             with self._told():
-                self._patiently(turn, lambda: self._origin.desk.fetch_file(want, tar, progress, turn.go_on))
+                self._patiently(turn, fetch)
         finally:
             held.close()
 

@@ -16,6 +16,7 @@ from agent.base.files import read_bounded
 from agent.updater.ground import CURRENT, STEADY, Ground
 
 CORE, LINK, TRY = "edge-agent-core.service", "edge-agent-link.service", "edge-agent-try.service"
+TARGET = "edge-agent.target"
 _DEVICE = f"/etc/systemd/system/{CORE}.d/50-device.conf"
 _MAKE_S, _UNITS_S, _TRY_S, _CALL_S = 1800, 120, 400, 90
 _NAME = re.compile(r"(?m)^staged: ([0-9][0-9A-Za-z.+]{0,63})$")
@@ -146,6 +147,7 @@ class Systemd:
     def restart(self) -> None:
         """See ``Services``."""
         self._call("reset-failed", CORE, LINK, check=False)
+        self._call("start", "--no-block", TARGET)  # what a release has brought new
         self._call("restart", "--no-block", CORE, LINK)
 
     def failures(self) -> int:

@@ -236,6 +236,21 @@ def test_what_is_refused_before_anything_is_fetched(device: Device, fleet: Opera
         device.run("0.1.1")
 
 
+def test_wrong_bytes_are_asked_for_once_more(device: Device) -> None:
+    left = 1
+
+    def wrong_once(path: str, data: bytes | None) -> bytes | None:
+        nonlocal left
+        if data is None or "releases" not in path or not left:
+            return data
+        left -= 1
+        return bytes(len(data))
+
+    device.mirror.tamper = wrong_once
+    assert device.run("0.1.1", root_of(device))["version"] == "0.1.1"
+    assert left == 0
+
+
 def test_wrong_bytes_end_the_job_with_the_reason(device: Device) -> None:
     device.mirror.tamper = lambda path, data: bytes(len(data)) if data and "releases" in path else data
     with pytest.raises(RefusedError, match="wrong_content"):
