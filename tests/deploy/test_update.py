@@ -105,11 +105,11 @@ class Image:
 
 @pytest.fixture(scope="module")
 def shipped(releases: Releases, tmp_path_factory: pytest.TempPathFactory) -> tuple[Releases, Operator]:
-    """A fleet that ships 0.1.1 and 0.1.2 (broken); 0.1.0 is what is installed."""
+    """A fleet that ships 0.1.6 and 0.1.7 (broken); 0.1.5 is what is installed."""
     operator = Operator(tmp_path_factory.mktemp("fleet"))
-    for version, changes in (("0.1.0", ()), ("0.1.1", ()), ("0.1.2", (BROKEN,))):
+    for version, changes in (("0.1.5", ()), ("0.1.6", ()), ("0.1.7", (BROKEN,))):
         wheels = releases.make(version, *changes)
-        if version != "0.1.0":
+        if version != "0.1.5":
             operator.ok("publish-release", str(wheels))
     return releases, operator
 
@@ -121,22 +121,22 @@ def test_an_update_of_an_image_from_the_request_to_its_confirmation(
     tmp_path: Path, shipped: tuple[Releases, Operator]
 ) -> None:
     releases, operator = shipped
-    image = Image(tmp_path / "root", operator, releases.made("0.1.0"))
-    assert image.links() == ["0.1.0", None, "0.1.0"]
+    image = Image(tmp_path / "root", operator, releases.made("0.1.5"))
+    assert image.links() == ["0.1.5", None, "0.1.5"]
     assert (image.ground.home / "current/share/edge-agent/install.sh").read_bytes() == INSTALL.read_bytes()
-    image.hand_over("0.1.1", "one")
+    image.hand_over("0.1.6", "one")
     course = image.run_updater()
     assert course.stage == "probation", course
-    assert image.links() == ["0.1.1", "0.1.0", "0.1.0"] and image.version() == "0.1.1"
+    assert image.links() == ["0.1.6", "0.1.5", "0.1.5"] and image.version() == "0.1.6"
     image.updates.say(Verdict(id="one", say="keep"))
     assert image.run_updater().stage == "kept"
-    assert image.links() == ["0.1.1", "0.1.0", "0.1.1"]
-    assert "extras fast delivery\n" in (image.ground.home / "0.1.1/.installed").read_text(), "no runtime came with it"
-    image.hand_over("0.1.2", "two")
+    assert image.links() == ["0.1.6", "0.1.5", "0.1.6"]
+    assert "extras fast delivery\n" in (image.ground.home / "0.1.6/.installed").read_text(), "no runtime came with it"
+    image.hand_over("0.1.7", "two")
     course = image.run_updater()
     assert course.stage == "refused" and "broken" in course.reason, course
-    assert image.links() == ["0.1.1", "0.1.0", "0.1.1"] and image.version() == "0.1.1"
-    assert image.ground.environments() == ["0.1.0", "0.1.1"]
+    assert image.links() == ["0.1.6", "0.1.5", "0.1.6"] and image.version() == "0.1.6"
+    assert image.ground.environments() == ["0.1.5", "0.1.6"]
 
 
 @pytest.mark.long
@@ -147,7 +147,7 @@ def test_thirty_updates_with_cuts(tmp_path: Path, shipped: tuple[Releases, Opera
     releases, operator = shipped
     moments = random.Random(7)
     figures: dict[str, int] = {"updates": 0, "cuts": 0, "kept": 0, "refused": 0}
-    image = Image(tmp_path / "root", operator, releases.made("0.1.0"))
+    image = Image(tmp_path / "root", operator, releases.made("0.1.5"))
     took_s = 12.0
     for number in range(30):
         version = f"0.2.{number}"
@@ -220,7 +220,7 @@ def test_the_onnx_runtime_of_a_jetson_stays_over_an_update(tmp_path: Path, small
 
 @pytest.fixture(scope="module")
 def seen(releases: Releases, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """0.1.0 is installed, updated to 0.3.1 under a client, and then to 0.3.2, which dies where it is needed."""
+    """0.3.0 is installed, updated to 0.3.1 under a client, and then to 0.3.2, which dies where it is needed."""
     folder = tmp_path_factory.mktemp("machine")
     operator = Operator(tmp_path_factory.mktemp("fleet"))
     wheels = releases.make("0.3.0")
