@@ -167,7 +167,7 @@ def test_a_release_is_tried_behind_cores_own_walls(unit: Read) -> None:
         "Nice", "OOMScoreAdjust",
     }  # fmt: skip
     cores = {
-        "Description", "Type", "ExecStart", "ExecStartPre", "ExecReload", "Requires", "After", "PartOf", "NotifyAccess",
+        "Description", "Type", "ExecStart", "ExecStartPre", "ExecStopPost", "ExecReload", "Requires", "After", "PartOf", "NotifyAccess",
         "StartLimitIntervalSec", "StartLimitBurst", "Restart", "RestartSec", "TimeoutStartSec", "TimeoutStopSec",
         "KillMode", "WatchdogSec", "StateDirectory", "StateDirectoryMode", "CPUWeight", "IOWeight",
     }  # fmt: skip
