@@ -167,9 +167,9 @@ def test_a_release_is_tried_behind_cores_own_walls(unit: Read) -> None:
         "Nice", "OOMScoreAdjust",
     }  # fmt: skip
     cores = {
-        "Description", "Type", "ExecStart", "ExecStartPre", "ExecStopPost", "ExecReload", "Requires", "After", "PartOf", "NotifyAccess",
-        "StartLimitIntervalSec", "StartLimitBurst", "Restart", "RestartSec", "TimeoutStartSec", "TimeoutStopSec",
-        "KillMode", "WatchdogSec", "StateDirectory", "StateDirectoryMode", "CPUWeight", "IOWeight",
+        "Description", "Type", "ExecStart", "ExecStartPre", "ExecStopPost", "ExecReload", "Requires", "After", "PartOf",
+        "NotifyAccess", "StartLimitIntervalSec", "StartLimitBurst", "Restart", "RestartSec", "TimeoutStartSec",
+        "TimeoutStopSec", "KillMode", "WatchdogSec", "StateDirectory", "StateDirectoryMode", "CPUWeight", "IOWeight",
     }  # fmt: skip
     assert {key: value for key, value in trial.items() if key not in own} == {
         key: value for key, value in core.items() if key not in cores
