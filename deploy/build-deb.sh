@@ -140,6 +140,7 @@ set -e
 [ "$1" = remove ] || exit 0
 if [ -d /run/systemd/system ]; then
     systemctl stop edge-agent.target edge-agent-core.service edge-agent-link.service edge-agent-reboot.path \
+        edge-agent-update.path edge-agent-update.service \
         edge-agent-infer.socket edge-agent-admin.socket || true
 fi
 SCRIPT

@@ -174,6 +174,9 @@ def _print_fleet(result: Mapping[str, Any]) -> None:
             print(f"identity   {words}" + ("" if fleet["device"] else f" ({fleet['identity']})"))
         for lane, job in result["jobs"].items():
             print(f"job        {job['job_id']} ({job['op']}, {lane} lane) for {job['seconds']:.0f} s")
+    if last := (result["update"] or {}).get("last"):
+        more = last["reason"] or (f"waits for {last['waits_for']}" if last.get("waits_for") else "")
+        print(f"update     {last['version']} {last['stage']}{f': {more}' if more else ''}")
     if link := result["link"]:
         print("link       " + ("connected" if link["connected"] else f"not connected: {link.get('reason') or '?'}"))
     if failed := [task["task"] for task in result["maintenance"] if task["ok"] is False]:

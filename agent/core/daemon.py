@@ -231,6 +231,7 @@ class Core:
     def _make_fleet(self) -> Fleet:
         """The fleet's side, where somebody says whom the device obeys; its code is loaded only then."""
         from agent.core.fleet import Fleet  # noqa: PLC0415 - see above
+        from agent.operations.updates import Updates, home_of  # noqa: PLC0415 - as above
 
         within = Within(
             operations=self._operations,
@@ -241,6 +242,7 @@ class Core:
             runtimes=self._runtimes,
             view=self._measuring.view,
             desk=self._desk,
+            updates=Updates(self._paths.update, home_of(Path(sys.prefix), os.environ.get("EDGE_AGENT_HOME"))),
             file_config=lambda: self._config,
             hold=self._hold,
             status=self._status,
@@ -498,7 +500,7 @@ class Core:
             "governor": self._governing.status(),
             "lost": self._accelerators.status(),
             **self._upkeep.status(),
-            **(self._fleet.status() if self._fleet is not None else {"fleet": None, "link": None}),
+            **(self._fleet.status() if self._fleet is not None else {"fleet": None, "link": None, "update": None}),
         }
 
     def _diagnose(self) -> list[dict[str, Any]]:

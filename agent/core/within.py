@@ -18,6 +18,7 @@ from agent.trust.desk import Desk
 
 if TYPE_CHECKING:
     from agent.infer.runtimes.probe import Runtimes
+    from agent.operations.updates import Updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Within:
     runtimes: Runtimes
     view: DeviceView
     desk: Desk
+    updates: Updates
     file_config: Callable[[], Config]
     hold: Callable[[Config], None]
     status: Callable[[], dict[str, Any]]

@@ -26,7 +26,7 @@ from agent.trust.jobkeys import MAX_TABLE_BYTES, TARGET, parse_table
 from agent.trust.wants import DeliveryError, Want, manifest_target, payload_target
 
 if TYPE_CHECKING:
-    from agent.trust.repository import Marks, Repository, State
+    from agent.trust.repository import Marks, Repository, State, Target
 
 _LOG = logging.getLogger("edge_agent.delivery")
 _T = TypeVar("_T")
@@ -103,6 +103,12 @@ class Believed:
                 raise DeliveryError("mixed", f"{target.path} has another length than its manifest says")
             payloads[ref.name] = target.sha256
         return Release(manifest, payloads)
+
+    def target(self, path: str) -> Target:
+        """What the repository lists under a path, once it is up to date. DeliveryError, DelayError."""
+        repository = self._open
+        assert repository is not None
+        return self._believed(lambda: repository.find(path))
 
     def _believed(self, read: Callable[[], _T]) -> _T:
         """What was read; once more, from elsewhere if there is somebody else, where it was not to be believed."""
