@@ -156,28 +156,29 @@ def _first(arguments: argparse.Namespace, paths: Paths, vault: CredentialStore) 
 
 
 def _start_over(arguments: argparse.Namespace, paths: Paths, vault: CredentialStore) -> int:
-    """Each step leaves what the next run goes on from: the store first, since core must not begin one beside it."""
+    """Each step leaves what the next run goes on from, and a core that an app's request starts in between finds either
+    the old store, which it cannot open, or the new secret: the store is the last to go."""
     lost = [name for name, sealed in vault.look().items() if sealed.key_id is None]
     store = paths.state_dir / "store"
     if not lost and _opens(paths):
         raise ConflictError("cannot start over: the secret opens, nothing is lost", hint="edge-agent seal --to PLACE")
-    moves = [f"stop {_CORE}"]
     aside = _free_name(store)
+    moves = [f"stop {_CORE}", *(f"keep the credential '{name}' as 'lost-{name}'" for name in lost)]
+    moves.append("make a new secret and seal it")
     if os.path.lexists(store):
         moves.append(f"move {store} to {aside}: nothing here can open it")
-    moves += [f"keep the credential '{name}' as 'lost-{name}'" for name in lost]
-    moves += ["make a new secret and seal it", f"start {_CORE} with a new store"]
+    moves.append(f"start {_CORE} with a new store")
     to = arguments.to or _best(vault)
     if arguments.dry_run:
         return _tell(arguments, "lost", to, moves, done=False)
     _systemctl("stop", _CORE)
-    if os.path.lexists(store):
-        _move_aside(store, aside.name)
     for name in lost:
         vault.set_aside(name)
     if to != "file" and "device-secret" not in vault.look():
         vault.put("device-secret", os.urandom(32), to)
-    _systemctl("start", _CORE)
+    if os.path.lexists(store):
+        _move_aside(store, aside.name)
+    _systemctl("restart", _CORE)
     return _tell(arguments, "lost", to, moves, done=True)
 
 
