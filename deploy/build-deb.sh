@@ -165,6 +165,7 @@ esac
 # Models, keys and accounts go with purge only.
 if [ "$1" = purge ]; then
     rm -rf /var/lib/edge-agent /var/lib/edge-agent-link /etc/edge-agent
+    rm -f /etc/credstore.encrypted/device-secret* /etc/credstore.encrypted/lost-device-secret*
     for user in edge-agent edge-agent-link; do
         userdel $user 2>/dev/null || true
     done

@@ -164,6 +164,7 @@ uninstall() {
     path="$root/usr/local/bin/edge-agent"
     if [ -L "$path" ]; then case "$(readlink "$path")" in "$HOME_DIR"/*) left+=("$path") ;; esac; fi
     for path in "$root"/var/lib/edge-agent "$root"/var/lib/edge-agent-link "$root"/etc/edge-agent \
+        "$root"/etc/credstore.encrypted/device-secret* "$root"/etc/credstore.encrypted/lost-device-secret* \
         "$root$UNIT_DIR"/edge-agent*.d/*.conf; do
         [ "$path" != "$root$DROPIN" ] || continue
         if [ -e "$path" ]; then state+=("$path"); fi

@@ -401,7 +401,8 @@ class Fleet:
 
     def _facts(self) -> dict[str, Any]:
         device = self._within.device
-        return fleet_facts(device.facts, device.profile, device.problems)
+        found = fleet_facts(device.facts, device.profile, device.problems)
+        return {**found, "device_secret": self._within.key_place()}
 
     # -- link ---------------------------------------------------------------------------------------------------------
 

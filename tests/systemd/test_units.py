@@ -14,6 +14,8 @@ import pytest
 
 from agent.base.config import Config
 from agent.base.paths import Paths
+from agent.cli.credstore import FOLDER
+from agent.store.seals import MARKS, read_marks
 from agent.updater.ground import Ground
 from tests.systemd.conftest import UNITS, Unit
 
@@ -22,9 +24,10 @@ SOCKETS = ("edge-agent-infer.socket", "edge-agent-admin.socket")
 LINK = "edge-agent-link.service"
 REBOOT = ("edge-agent-reboot.path", "edge-agent-reboot.service")
 DEVICE = "edge-agent-device.service"
+SEAL = "edge-agent-seal.service"
 UPDATE = ("edge-agent-update.path", "edge-agent-update.service")
 TRY = "edge-agent-try.service"
-ALL = (CORE, LINK, *SOCKETS, *REBOOT, DEVICE, *UPDATE, TRY, "edge-agent.target", "edgeagent.slice")
+ALL = (CORE, LINK, *SOCKETS, *REBOOT, DEVICE, SEAL, *UPDATE, TRY, "edge-agent.target", "edgeagent.slice")
 BUDGET = 0.6
 LINK_BUDGET = 1.3
 #: It is root, and writes below /etc and /opt.
@@ -164,9 +167,9 @@ def test_a_release_is_tried_behind_cores_own_walls(unit: Read) -> None:
         "Nice", "OOMScoreAdjust",
     }  # fmt: skip
     cores = {
-        "Description", "Type", "ExecStart", "ExecStartPre", "ExecReload", "Requires", "After", "PartOf", "NotifyAccess",
-        "StartLimitIntervalSec", "StartLimitBurst", "Restart", "RestartSec", "TimeoutStartSec", "TimeoutStopSec",
-        "KillMode", "WatchdogSec", "StateDirectory", "StateDirectoryMode", "CPUWeight", "IOWeight",
+        "Description", "Type", "ExecStart", "ExecStartPre", "ExecStopPost", "ExecReload", "Requires", "After", "PartOf",
+        "NotifyAccess", "StartLimitIntervalSec", "StartLimitBurst", "Restart", "RestartSec", "TimeoutStartSec",
+        "TimeoutStopSec", "KillMode", "WatchdogSec", "StateDirectory", "StateDirectoryMode", "CPUWeight", "IOWeight",
     }  # fmt: skip
     assert {key: value for key, value in trial.items() if key not in own} == {
         key: value for key, value in core.items() if key not in cores
@@ -231,6 +234,7 @@ def guard(unit: Read, store: Path) -> subprocess.CompletedProcess[str]:
     """Run the guard as systemd would, with ``store`` in place of /etc."""
     (line,) = unit(CORE)["ExecStartPre"]
     script = line.removeprefix("+/bin/sh -c ").strip("'").replace("$$", "$").replace("/etc/", f"{store}/")
+    script = script.replace("/run/edge-agent/", f"{store}/")
     return subprocess.run(["/bin/sh", "-c", script], stderr=subprocess.PIPE, text=True, check=False)
 
 
@@ -253,8 +257,32 @@ def test_a_credential_sealed_with_an_empty_key_stops_the_start(unit: Read, tmp_p
     refused = guard(unit, tmp_path)
     assert refused.returncode == 1
     assert f"cannot use {store / name}: it is sealed with an empty key" in refused.stderr
+    assert not (tmp_path / MARKS).exists()
     (store / name).write_text("k6iUCUh0RJCQyvL8k8q1UyAAAAABAAAADAAAABAAAAA=")  # another type of key
     assert guard(unit, tmp_path).returncode == 0
+    assert read_marks(tmp_path) == {name: "tpm2"}
+
+
+def test_core_is_told_what_its_credentials_are_sealed_with(unit: Read, tmp_path: Path) -> None:
+    store = tmp_path / "credstore.encrypted"
+    store.mkdir()
+    assert guard(unit, tmp_path).returncode == 0
+    assert read_marks(tmp_path) == {}
+    (store / "device-secret-next").write_text("DHzAexF2RZGc\nSwvqCLwg/iAAAAABAAAADAAAABAAAAA=")
+    (store / "device-secret").write_text("Whxqht+dQJax1aZeCGLxmgAAAAABAAAADAAAABAAAAA=")
+    assert guard(unit, tmp_path).returncode == 0
+    assert read_marks(tmp_path) == {"device-secret": "host", "device-secret-next": "tpm2"}
+    assert (tmp_path / MARKS).stat().st_mode & 0o777 == 0o644, "core may read it"
+
+
+def test_the_first_start_seals_only_where_there_is_nothing_yet(unit: Read) -> None:
+    seal = unit(SEAL)
+    paths = Paths()
+    for path in (paths.state_dir / "store" / "CURRENT", paths.device_secret, Path("/", FOLDER, "device-secret")):
+        assert f"!{path}" in seal["ConditionPathExists"]
+    assert seal["Before"] == [CORE]
+    assert SEAL in " ".join(unit("edge-agent.target")["Wants"])
+    assert f"d /{FOLDER} 0700 root root -" in re.sub(" +", " ", (UNITS / "edge-agent.tmpfiles").read_text())
 
 
 # -- what the sandbox must leave possible -----------------------------------------------------------------------------
