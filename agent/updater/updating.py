@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from agent.base.clock import SystemClock, iso
-from agent.base.errors import AgentError, RefusedError
+from agent.base.errors import AgentError, RefusedError, TryLaterError
 from agent.base.files import fsync_directory
 from agent.trust.releases import Course, Kind, Request, Verdict
 from agent.updater.believing import believe
@@ -103,10 +103,16 @@ class Updater:
         return None if request is None or (last is not None and last.id == request.id) else request
 
     def _go_on(self, course: Course) -> bool:
-        """To the end, from wherever it is; whether the release was kept. Whatever fails, the version before stays."""
+        """To the end, from wherever it is; whether the release was kept. Whatever fails, the version before stays.
+
+        TryLaterError where the service manager does not answer, as while the machine goes down: that says nothing of
+        the release, and the next start of this program goes on.
+        """
         course = self._keep(course, starts=course.starts + 1)
         try:
             course = self._forward(course)
+        except TryLaterError:
+            raise
         except (AgentError, OSError) as error:
             _LOG.warning("update to %s: %s", course.version, error)
             course = self._back(self._ground.course() or course, str(error))
@@ -250,6 +256,8 @@ class Updater:
         for what, work in parts.items():
             try:
                 work()
+            except TryLaterError:
+                raise
             except (AgentError, OSError) as error:
                 _LOG.error("going back to %s: %s: %s", before, what, error)
             self._step(f"{what} restored")

@@ -173,15 +173,7 @@ def package() -> None:
 
 def update() -> None:
     """A release by a job of the fleet, under a client; then one that dies where it is needed."""
-    run("rm", "-rf", "/var/lib/edge-agent", "/var/lib/edge-agent-link")
-    etc = Path("/etc/edge-agent")
-    etc.mkdir(parents=True, exist_ok=True)
-    for name in ("trust.toml", "root.json"):
-        run("install", "-m", "644", HERE / name, etc)
-    (etc / "config.toml").write_text("[update]\nsettle_s = 3\nwithin_s = 120\n[clock]\ntrust = 'always'\n")
-    seen["install"] = install("wheels-0.3.0")
-    seen["added"] = agent("models", "add", str(HERE / "m.edgemodel"))
-    seen["answer"] = agent("infer", "m", "-i", f"x={HERE / 'x.json'}")["json"]
+    prepare_device()
     asking = Asking("m")
     asking.start()
     seen["good"] = given("0.3.1", "j1")
@@ -206,21 +198,97 @@ def update() -> None:
     seen["security"] = run("systemd-analyze", "security", "--no-pager", "edge-agent-update.service")["out"]
 
 
-def given(version: str, job_id: str) -> object:
-    """Bring a release on a stick with its job, and wait for the job's end; core restarts meanwhile."""
-    stick = Path("/run/stick")
-    run("rm", "-rf", stick)
-    run("cp", "-r", HERE / "site", stick)
-    run("cp", HERE / f"job-{version}.json", stick / "job.json")
-    seen[f"deliver {version}"] = agent("deliver", str(stick))
+#: By release: at which stages the power goes. Root gives an update up that was begun more than five times.
+CUTS = {"0.3.1": ("making", "trying", "probation", "probation"), "0.3.2": ("making", "trying", "probation")}
+
+
+def cuts() -> None:
+    """The same two releases, and the machine goes down without a word again and again; each boot runs this anew."""
+    kept = HERE / "out" / "kept.json"
+    if kept.exists():
+        seen.update(json.loads(kept.read_text()))
+        run("systemctl", "start", "--no-block", "edge-agent.target")  # what the boot of a device would do
+    else:
+        seen.update(boots=0, cut={version: [] for version in CUTS}, working=[])
+        prepare_device()
+    seen["boots"] = int(str(seen["boots"])) + 1
+    for number, (version, stages) in enumerate(CUTS.items(), 1):
+        if f"ended {version}" in seen:
+            continue
+        cut: list[str] = seen["cut"][version]  # type: ignore[index]
+        if not cut:
+            threading.Thread(target=bring, args=(version,), daemon=True).start()
+        seen["working"].append(working())  # type: ignore[attr-defined]
+        if len(cut) < len(stages):
+            stage = stages[len(cut)]
+            reached = await_stage(version, stage)
+            cut.append(reached)
+            if reached == stage:
+                kept.write_text(json.dumps(seen))
+                run("systemctl", "reboot", "--force", "--force")
+                time.sleep(60)
+        seen[f"ended {version}"] = ended(f"j{number}")
+        seen[f"links {version}"] = links()
+        for _ in range(60):
+            if not Path("/opt/edge-agent/update/pending").exists():
+                break
+            time.sleep(1)
+    seen["status"] = agent("status")["json"]
+    seen["answer at the end"] = agent("infer", "m", "-i", f"x={HERE / 'x.json'}")["json"]
+    seen["environments"] = sorted(path.parent.name for path in Path("/opt/edge-agent").glob("[0-9]*/pyvenv.cfg"))
+
+
+def working() -> str:
+    """What the environment says that ``current`` leads to."""
+    return str(run("/opt/edge-agent/current/bin/edge-agent", "--version")["out"]).strip()
+
+
+def await_stage(version: str, stage: str) -> str:
+    """That stage, or the end that came before it was seen."""
+    path = Path("/opt/edge-agent/update/state.json")
+    for _ in range(15_000):
+        course = json.loads(path.read_text()) if path.exists() else {}
+        if course.get("version") == version and course["stage"] in (stage, "kept", "refused", "returned"):
+            return str(course["stage"])
+        time.sleep(0.01)
+    return "nothing"
+
+
+def ended(job_id: str) -> object:
     last: object = None
     for _ in range(150):
-        shown = agent("jobs", "show", job_id)["json"]
-        if shown is not None:
-            last = shown
-            if shown["state"] in ("succeeded", "failed", "rejected", "cancelled"):
-                break
+        last = agent("jobs", "show", job_id)["json"]
+        if isinstance(last, dict) and last["state"] in ("succeeded", "failed", "rejected", "cancelled"):
+            break
         time.sleep(1)
+    return last
+
+
+def bring(version: str) -> None:
+    stick = Path("/run/stick") / version
+    run("mkdir", "-p", stick.parent)
+    run("cp", "-r", HERE / "site", stick)
+    run("cp", HERE / f"job-{version}.json", stick / "job.json")
+    agent("deliver", str(stick))
+
+
+def prepare_device() -> None:
+    """0.3.0, a device of a fleet, with a model."""
+    run("rm", "-rf", "/var/lib/edge-agent", "/var/lib/edge-agent-link")
+    etc = Path("/etc/edge-agent")
+    etc.mkdir(parents=True, exist_ok=True)
+    for name in ("trust.toml", "root.json"):
+        run("install", "-m", "644", HERE / name, etc)
+    (etc / "config.toml").write_text("[update]\nsettle_s = 3\nwithin_s = 120\n[clock]\ntrust = 'always'\n")
+    seen["install"] = install("wheels-0.3.0")
+    seen["added"] = agent("models", "add", str(HERE / "m.edgemodel"))
+    seen["answer"] = agent("infer", "m", "-i", f"x={HERE / 'x.json'}")["json"]
+
+
+def given(version: str, job_id: str) -> object:
+    """Bring a release on a stick with its job, and wait for the job's end; core restarts meanwhile."""
+    bring(version)
+    last = ended(job_id)
     seen[f"updater {version}"] = run("journalctl", "--no-pager", "-o", "cat", "-u", "edge-agent-update.service")["out"]
     return last
 
@@ -251,7 +319,7 @@ def damage() -> None:
 
 if __name__ == "__main__":
     try:
-        {"service": service, "package": package, "update": update}[sys.argv[1]]()
+        {"service": service, "package": package, "update": update, "cuts": cuts}[sys.argv[1]]()
     finally:
         units = [option for unit in UNITS for option in ("-u", unit)]
         seen["journal"] = run("journalctl", "--no-pager", *units)["out"]

@@ -24,6 +24,8 @@ ExecStopPost=systemctl --no-block poweroff
 #: nspawn's own filter is older than Landlock, and keeps containers from locking memory.
 FILTER = "landlock_create_ruleset landlock_add_rule landlock_restrict_self @memlock"
 INSIDE = "/srv/story"
+#: nspawn ends with 133 where the machine in it is to be started again (systemd-nspawn(1), exit status).
+AGAIN = 'while :; do "$@"; status=$?; [ $status = 133 ] || exit $status; done'
 #: A layer in memory over the whole root folder, seen by nobody else; then what is to be run in it.
 LAYER = """set -e
 mount -t tmpfs tmpfs "$1"
@@ -49,7 +51,7 @@ def boot(folder: Path, story: str, *binds: tuple[Path, str], timeout: int = 400)
     unit = folder / "story.service"
     unit.write_text(STORY.format(story=story, inside=INSIDE))
     command = layered(folder.with_name(f"{folder.name}-layer"),
-        "systemd-nspawn", "--quiet", "--directory=.", f"--machine=ea-install-{os.getpid()}",
+        "sh", "-c", AGAIN, "again", "systemd-nspawn", "--quiet", "--directory=.", f"--machine=ea-install-{os.getpid()}",
         "--register=no", "--keep-unit", "--private-network", f"--system-call-filter={FILTER}", "--link-journal=no",
         f"--bind-ro={folder}:{INSIDE}", f"--bind={out}:{INSIDE}/out",
         *(f"--bind-ro={path}:{INSIDE}/{name}" for path, name in binds),

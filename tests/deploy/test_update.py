@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -219,14 +220,23 @@ def test_the_onnx_runtime_of_a_jetson_stays_over_an_update(tmp_path: Path, small
 
 
 @pytest.fixture(scope="module")
-def seen(releases: Releases, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """0.3.0 is installed, updated to 0.3.1 under a client, and then to 0.3.2, which dies where it is needed."""
-    folder = tmp_path_factory.mktemp("machine")
+def story(releases: Releases, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """Lets a story happen on a machine for which 0.3.0, 0.3.1 and 0.3.2, which dies where it is needed, are there."""
     operator = Operator(tmp_path_factory.mktemp("fleet"))
     wheels = releases.make("0.3.0")
-    (folder / "wheels-0.3.0").mkdir()
     for version, changes in (("0.3.1", ()), ("0.3.2", (POISON,))):
         operator.ok("publish-release", str(releases.make(version, *changes)))
+    return lambda name: tell(name, operator, wheels, tmp_path_factory.mktemp("machine"))
+
+
+@pytest.fixture(scope="module")
+def seen(story: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """0.3.0 is installed, updated to 0.3.1 under a client, and then to 0.3.2."""
+    return story("update")
+
+
+def tell(name: str, operator: Operator, wheels: Path, folder: Path) -> dict[str, Any]:
+    (folder / "wheels-0.3.0").mkdir()
     shutil.copytree(operator.site, folder / "site")
     shutil.copy(Path(__file__).with_name("booted.py"), folder)
     shutil.copy(INSTALL, folder)
@@ -235,7 +245,7 @@ def seen(releases: Releases, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     (folder / "x.json").write_text(json.dumps([[1.0] * 16]))
     shutil.copy(operator.folder.shipped_root, folder / "root.json")
     jobs_for(operator, folder)
-    return boot(folder, "update", (wheels, "wheels-0.3.0"), timeout=560)
+    return boot(folder, name, (wheels, "wheels-0.3.0"), timeout=560)
 
 
 def jobs_for(operator: Operator, folder: Path) -> None:
@@ -274,3 +284,22 @@ def test_a_release_that_cannot_start_comes_back_by_itself_and_the_job_says_why(s
     assert seen["environments"] == ["0.3.0", "0.3.1"]
     assert seen["answer after bad"]["outputs"] == seen["answer"]["outputs"]
     assert seen["states"] == ["active"] * 4
+
+
+@pytest.mark.long
+@pytest.mark.main_only
+def test_a_machine_that_goes_down_again_and_again_ends_the_jobs_all_the_same(
+    story: Callable[[str], dict[str, Any]],
+) -> None:
+    """Rebooted without a word while the environment is made, while it is tried, and on probation, twice."""
+    seen = story("cuts")
+    assert seen["install"]["rc"] == 0, seen["install"]
+    good, bad = seen["ended 0.3.1"], seen["ended 0.3.2"]
+    assert seen["cut"]["0.3.1"] == ["making", "trying", "probation", "probation"], seen
+    assert seen["cut"]["0.3.2"] == ["making", "trying", "probation"], seen
+    assert seen["boots"] == 8
+    assert good["state"] == "succeeded" and good["result"] == {"version": "0.3.1", "before": "0.3.0"}, seen
+    assert bad["state"] == "failed" and "core did not start" in bad["error"]["text"], seen
+    assert set(seen["working"]) <= {f"edge-agent 0.3.{n}" for n in range(3)}, "a working environment at every boot"
+    assert seen["status"]["version"] == "0.3.1" and seen["environments"] == ["0.3.0", "0.3.1"]
+    assert seen["answer at the end"]["outputs"] == seen["answer"]["outputs"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.base.errors import TryLaterError
 from agent.trust.releases import Verdict
 from tests.operations.deliveries import Operator
 from tests.updater.grounds import Machine, operator_with, wheelhouse
@@ -160,6 +161,34 @@ def test_cut_off_at_every_step_it_is_finished_or_taken_back(
         assert machine.running == model.running, name
         machine.require_tidy(*model.ground.environments())
         shutil.rmtree(machine.ground.root)
+
+
+@pytest.mark.parametrize("version", ["0.1.1", "0.1.3"])
+def test_a_service_manager_that_does_not_answer_says_nothing_of_the_release(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """A machine that goes down, say: the next start goes on, whether forward or back."""
+    silent = 0
+
+    def no_answer() -> None:
+        nonlocal silent
+        silent += 1
+        raise TryLaterError("cannot restart: Failed to connect to bus")
+
+    machine.hand_over(version)
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            patched.setattr(machine, "restart", no_answer)
+            with pytest.raises(TryLaterError):
+                machine.updater().run()
+        course = machine.ground.course()
+        assert course is not None and not course.has_ended and machine.ground.is_pending
+        if version == "0.1.3":
+            machine.ground.keep(course.model_copy(update={"restarted": True}))
+            machine.start()
+    assert silent == 2
+    assert machine.run().stage == ("kept" if version == "0.1.1" else "returned")
+    assert machine.running == ("0.1.1" if version == "0.1.1" else "0.1.0")
 
 
 def test_cut_off_again_and_again_it_ends_on_the_version_before(machine: Machine) -> None:
