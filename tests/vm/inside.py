@@ -172,8 +172,8 @@ class Clients:
 clients: list[Clients] = []
 
 
-def load(count: int) -> None:
-    clients.append(Clients(count))
+def load(apps: int) -> None:
+    clients.append(Clients(apps))
 
 
 def unload() -> dict[str, object]:

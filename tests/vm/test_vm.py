@@ -67,8 +67,9 @@ def test_boot_offline(running: Machine, count: Count) -> None:
 
 def test_socket_activation(running: Machine, count: Count) -> None:
     """Nobody is there but the socket: a request starts core and is answered."""
-    # Link as well: it asks core for work, and would be the first to activate it.
-    command(running, "systemctl", "stop", CORE, LINK)
+    # Link first: it asks core for work, and would be the one to activate it.
+    command(running, "systemctl", "stop", LINK)
+    command(running, "systemctl", "stop", CORE)
     assert running.do("states") == ["inactive", "inactive", "active", "active"]
     answer = running.do("infer")
     assert right(answer), answer
@@ -162,7 +163,7 @@ def test_link_killed(running: Machine, count: Count) -> None:
 
 def test_restart_under_load(running: Machine, count: Count) -> None:
     """Eight apps ask all the time, each time on a new connection: none is refused, none fails, they wait."""
-    running.do("load", clients=8)
+    running.do("load", apps=8)
     time.sleep(10)
     command(running, "systemctl", "restart", CORE)
     time.sleep(10)
@@ -236,7 +237,7 @@ def test_upgrade(shares: Shares, installed: Disk, switch_on: SwitchOn, count: Co
     assert right(machine.do("first_answer"))
     before = machine.do("state")
     assert machine.do("ask", method="GET", target="/v1/status")["json"]["version"] == "0.1.0"
-    machine.do("load", clients=4)
+    machine.do("load", apps=4)
     done = install(machine, "0.1.1")
     time.sleep(5)
     seen = machine.do("unload")
