@@ -140,6 +140,7 @@ set -e
 [ "$1" = remove ] || exit 0
 if [ -d /run/systemd/system ]; then
     systemctl stop edge-agent.target edge-agent-core.service edge-agent-link.service edge-agent-reboot.path \
+        edge-agent-update.path edge-agent-update.service \
         edge-agent-infer.socket edge-agent-admin.socket || true
 fi
 SCRIPT
@@ -164,6 +165,7 @@ esac
 # Models, keys and accounts go with purge only.
 if [ "$1" = purge ]; then
     rm -rf /var/lib/edge-agent /var/lib/edge-agent-link /etc/edge-agent
+    rm -f /etc/credstore.encrypted/device-secret* /etc/credstore.encrypted/lost-device-secret*
     for user in edge-agent edge-agent-link; do
         userdel $user 2>/dev/null || true
     done

@@ -13,8 +13,12 @@
 #     --no-start             enable, but leave what runs as it is
 #     --dry-run              say what would be done, and do nothing
 #
+#   For edge-agent-update.service, which does the rest itself:
+#     --stage                make the environment, and nothing else; its name is the last line
+#     --units VERSION        put the units and accounts of that environment; --keep-updater: but not the updater's own
+#
 # What is where: /opt/edge-agent/VERSION (a virtual environment) with the link /opt/edge-agent/current, which is switched
-# when the new one works; the version before stays for a way back. /etc/systemd/system/edge-agent*, users, groups,
+# when the new one works; the version before stays for a way back, and "steady" is the last one that proved itself. /etc/systemd/system/edge-agent*, users, groups,
 # /etc/edge-agent/config.toml only where there is none, /usr/local/bin/edge-agent. /var/lib/edge-agent is never touched
 # but by --purge. A run that was cut off is finished by the next one.
 
@@ -42,9 +46,10 @@ usage() {
 }
 
 action=install purge=no wheelhouse="" runtime=auto root="" start=yes dry=no files_only=no
+units="" keep_updater=no
 while [ $# -gt 0 ]; do
     case "$1" in
-    --offline | --runtime | --root) [ -n "${2:-}" ] || usage "$1 needs a value" ;;
+    --offline | --runtime | --root | --units) [ -n "${2:-}" ] || usage "$1 needs a value" ;;
     esac
     case "$1" in
     --uninstall) action=uninstall ;;
@@ -55,8 +60,11 @@ while [ $# -gt 0 ]; do
     --no-start) start=no ;;
     --files-only) files_only=yes ;;
     --dry-run) dry=yes ;;
+    --stage) action=stage ;;
+    --units) action=units units="$2" && shift ;;
+    --keep-updater) keep_updater=yes ;;
     -h | --help)
-        sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        sed -n '2,24s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
         exit 0
         ;;
     *) usage "unknown option $1" ;;
@@ -156,6 +164,7 @@ uninstall() {
     path="$root/usr/local/bin/edge-agent"
     if [ -L "$path" ]; then case "$(readlink "$path")" in "$HOME_DIR"/*) left+=("$path") ;; esac; fi
     for path in "$root"/var/lib/edge-agent "$root"/var/lib/edge-agent-link "$root"/etc/edge-agent \
+        "$root"/etc/credstore.encrypted/device-secret* "$root"/etc/credstore.encrypted/lost-device-secret* \
         "$root$UNIT_DIR"/edge-agent*.d/*.conf; do
         [ "$path" != "$root$DROPIN" ] || continue
         if [ -e "$path" ]; then state+=("$path"); fi
@@ -177,8 +186,8 @@ uninstall() {
         [ "$dry" = no ] || return 0
         if [ "$live" = yes ]; then
             systemctl disable --now --quiet edge-agent.target 2>/dev/null || true
-            systemctl stop edge-agent-core.service edge-agent-link.service edge-agent-reboot.path \
-                edge-agent-infer.socket edge-agent-admin.socket 2>/dev/null || true
+            systemctl stop edge-agent-core.service edge-agent-link.service edge-agent-reboot.path edge-agent-update.path \
+                edge-agent-update.service edge-agent-infer.socket edge-agent-admin.socket 2>/dev/null || true
         fi
         # The program last: what was cut off before that is seen as installed, and removed by the next run.
         if [ "${#left[@]}" -gt 0 ]; then rm -rf -- "${left[@]}"; fi
@@ -272,7 +281,10 @@ fi
 # -- where the agent comes from ----------------------------------------------------------------------------------------
 
 share="$work/share"
-if [ -n "$wheelhouse" ]; then
+if [ "$action" = units ]; then
+    share="$root$HOME_DIR/$units/share/edge-agent" version="$units" identity="" from="$share"
+    [ -d "$share/systemd" ] || die "cannot put the units of $units: $share holds none"
+elif [ -n "$wheelhouse" ]; then
     [ -d "$wheelhouse" ] || die "cannot use the wheelhouse $wheelhouse: no such folder"
     wheelhouse="$(cd "$wheelhouse" && pwd)"
     wheel="$(find "$wheelhouse" -maxdepth 1 -name 'edge_agent-*.whl' | sort -V | tail -n 1)"
@@ -302,11 +314,11 @@ else
     [ -f "$clone/agent/cli/device.py" ] ||
         die "cannot find the agent: $clone is no clone of it" "--offline WHEELHOUSE"
     version="$(sed -n 's/^version = "\(.*\)"$/\1/p' "$clone/pyproject.toml" | head -n 1)"
-    identity="$(cd "$clone" && find agent/ hw_profiles systemd deploy/config.toml pyproject.toml -type f \
+    identity="$(cd "$clone" && find agent/ hw_profiles systemd deploy/config.toml deploy/install.sh pyproject.toml -type f \
         ! -path '*/__pycache__/*' ! -path '*.egg-info/*' -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -c1-64)"
     mkdir -p "$share/systemd"
     cp "$clone"/systemd/* "$share/systemd/"
-    cp "$clone/deploy/config.toml" "$share/"
+    cp "$clone/deploy/config.toml" "$clone/deploy/install.sh" "$share/"
     from="$clone"
 fi
 [[ "$version" =~ ^[0-9][0-9A-Za-z.+]*$ ]] || die "cannot install version '$version': that is no version"
@@ -369,7 +381,7 @@ make_environment() {
         mkdir -p "$source/deploy"
         # A copy without what builds left behind, so that nothing is written into the clone and nothing old comes along.
         (cd "$clone" && tar -ch --exclude=__pycache__ --exclude='*.egg-info' agent hw_profiles systemd README.md LICENSE \
-            pyproject.toml deploy/config.toml) | tar -x -C "$source"
+            pyproject.toml deploy/config.toml deploy/install.sh) | tar -x -C "$source"
         inside "$build/bin/python" -m pip install --quiet --no-cache-dir --prefer-binary \
             "$requirement @ file://$build/.source" >"$work/log" 2>&1 ||
             fail_with_log "cannot install $requirement: see above; is there a network, or a mirror set for pip?"
@@ -455,10 +467,12 @@ make_folders() {
     [ "$live" = no ] || systemd-tmpfiles --create edge-agent.conf
 }
 
+# During the probation of an update the updater is that of the version before: a release does not judge itself.
+is_kept() { [ "$keep_updater" = yes ] && case "$1" in */edge-agent-update.* | */edge-agent-try.*) true ;; *) false ;; esac; }
 units_there() {
     local unit
     for unit in "$share"/systemd/*; do
-        same_file "$unit" "$root$(place_of "$unit")" || return 1
+        is_kept "$unit" || same_file "$unit" "$root$(place_of "$unit")" || return 1
     done
 }
 place_of() {
@@ -471,7 +485,7 @@ place_of() {
 put_units() {
     local unit
     for unit in "$share"/systemd/*; do
-        same_file "$unit" "$root$(place_of "$unit")" || put "$unit" "$root$(place_of "$unit")"
+        is_kept "$unit" || same_file "$unit" "$root$(place_of "$unit")" || put "$unit" "$root$(place_of "$unit")"
     done
 }
 
@@ -500,6 +514,9 @@ switch() {
     [ -z "$before" ] || point "$root$HOME_DIR/previous" "$before"
     point "$root$HOME_DIR/current" "$name"
 }
+
+steady_there() { [ "$(readlink "$root$HOME_DIR/steady" 2>/dev/null || true)" = "$name" ]; }
+put_steady() { point "$root$HOME_DIR/steady" "$name"; }
 
 enabled() { [ "$files_only" = yes ] || [ -L "$root$UNIT_DIR/multi-user.target.wants/edge-agent.target" ]; }
 enable() {
@@ -551,7 +568,14 @@ none_left() { [ "$stage" = plan ] || [ -z "$(others)" ]; }
 remove_others() { others | xargs -r -d '\n' rm -rf --; }
 
 steps() {
+    if [ "$action" = units ]; then
+        step "install units, sysusers and tmpfiles into $UNIT_DIR and /usr/lib" units_there put_units
+        step "create the users edge-agent and edge-agent-link, and the group edge-agent-apps" users_there make_users
+        step "create /etc/edge-agent" folders_there make_folders
+        return
+    fi
     step "make $HOME_DIR/$name from $from, with ${extras[*]}" environment_there make_environment
+    [ "$action" = install ] || return 0
     step "install units, sysusers and tmpfiles into $UNIT_DIR and /usr/lib" units_there put_units
     step "create the users edge-agent and edge-agent-link, and the group edge-agent-apps" users_there make_users
     step "create /etc/edge-agent" folders_there make_folders
@@ -561,6 +585,7 @@ steps() {
     step "link /usr/local/bin/edge-agent" command_there put_command
     step "enable edge-agent.target" enabled enable
     step "start core and link, and wait until core is ready" running start_all
+    step "note that $name has proved itself" steady_there put_steady
     step "remove environments that nothing needs" none_left remove_others
 }
 
@@ -572,11 +597,16 @@ fi
 steps
 if [ "$changes" -eq 0 ]; then
     say "nothing to do: it is installed like that"
+    [ "$action" != stage ] || say "staged: $name"
     exit 0
 fi
 [ "$dry" = no ] || exit 0
 stage=work
 steps
+case "$action" in
+stage) say "staged: $name" && exit 0 ;;
+units) exit 0 ;;
+esac
 say "installed: $(du -sm "$target" | cut -f1) MB in $HOME_DIR/$name"
 if [ "$live" = no ] && [ -z "$root" ]; then say "systemd does not run here: nothing was started"; fi
 if [ "$live" = yes ]; then say "next: edge-agent status; edge-agent doctor"; fi

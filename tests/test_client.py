@@ -277,18 +277,49 @@ def test_a_request_that_the_server_took_is_never_sent_again(short_dir: Path) -> 
     with faithless(short_dir / "s", behave) as met, Client(short_dir / "s") as client:
         assert client.metadata() == {}
         with pytest.raises(TryLaterError, match="closed before its end"):
-            client.metadata()
+            client.feedback("double", correct=True)  # would count twice
         assert met == [0]
 
 
-def test_a_fresh_connection_is_not_tried_twice(short_dir: Path) -> None:
-    def behave(sock: socket.socket, _number: int) -> None:
-        sock.recv(1)
+def test_a_question_that_changes_nothing_is_asked_once_more_when_its_answer_is_lost(short_dir: Path) -> None:
+    def behave(sock: socket.socket, number: int) -> None:
+        read_request(sock)
+        if number in (1, 4):
+            sock.sendall(OK)
 
     with faithless(short_dir / "s", behave) as met, Client(short_dir / "s") as client:
-        with pytest.raises(TryLaterError):
-            client.metadata()
-        assert met == [0]
+        assert client.metadata() == {}
+        assert met == [0, 1]
+        with pytest.raises(TryLaterError, match="closed before its end"):
+            client.metadata()  # what ends the agent twice is not tried on it for ever
+        assert met == [0, 1, 2, 3]
+
+    async def ask() -> None:
+        async with AsyncClient(short_dir / "t") as asking:
+            assert await asking.metadata() == {}
+
+    with faithless(short_dir / "t", behave) as met:
+        asyncio.run(ask())
+        assert met == [0, 1]
+
+
+@pytest.mark.parametrize("unread", [1, 4])
+def test_a_connection_that_was_closed_unread_is_made_anew_a_few_times(short_dir: Path, unread: int) -> None:
+    """An agent that restarts may have accepted one that it does not serve any more."""
+
+    def behave(sock: socket.socket, number: int) -> None:
+        sock.recv(1)
+        if number == unread:
+            read_request(sock)
+            sock.sendall(OK)
+
+    with faithless(short_dir / "s", behave) as met, Client(short_dir / "s") as client:
+        if unread == 1:
+            assert client.metadata() == {}
+        else:
+            with pytest.raises(TryLaterError, match="closed the connection"):
+                client.metadata()
+        assert met == list(range(min(unread + 1, 4)))
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,21 @@ class ProbationConfig(_Section):
     local: bool = True
 
 
+class UpdateConfig(_Section):
+    """How long a new release of the agent is on probation: core confirms it after ``settle_s``, if all is well by then.
+
+    Without a confirmation ``within_s`` after its start the release before is put back.
+    """
+
+    settle_s: Seconds = 60.0
+    within_s: Seconds = 900.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> UpdateConfig:
+        _ascending(self, "settle_s", "within_s")
+        return self
+
+
 class ClockConfig(_Section):
     """Whether dates of jobs and windows may be believed: when the kernel's clock is disciplined, always, or never."""
 
@@ -338,6 +353,7 @@ class Config(_Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     maintenance: MaintenanceConfig = MaintenanceConfig()
     probation: ProbationConfig = ProbationConfig()
+    update: UpdateConfig = UpdateConfig()
     clock: ClockConfig = ClockConfig()
     governor: GovernorConfig = GovernorConfig()
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)

@@ -62,6 +62,11 @@ class Paths:
         return self.state_dir / "repository"
 
     @property
+    def update(self) -> Path:
+        """What core hands over to root's updater."""
+        return self.state_dir / "update"
+
+    @property
     def device_secret(self) -> Path:
         """The file that holds the device secret where the service manager has no credential."""
         return self.state_dir / "keys" / "device-secret"

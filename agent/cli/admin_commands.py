@@ -10,7 +10,7 @@ from agent.base.errors import NotFoundError
 from agent.base.paths import Paths
 from agent.cli.call import call_core
 from agent.cli.commands import Commands, add_command
-from agent.cli.terminal import EXIT_FAILED, megabytes, print_json, print_table
+from agent.cli.terminal import EXIT_FAILED, EXIT_WARNED, megabytes, print_json, print_table
 
 
 def register(commands: Commands, common: argparse.ArgumentParser) -> None:
@@ -33,7 +33,9 @@ def register(commands: Commands, common: argparse.ArgumentParser) -> None:
     clear.add_argument("model", metavar="MODEL", nargs="?", help="of this one; without it, of all")
     clear.set_defaults(action=_cache_clear)
     add_command(commands, common, "status", "what the agent is doing").set_defaults(action=_status)
-    add_command(commands, common, "doctor", "what is wrong, and how to mend it").set_defaults(action=_doctor)
+    doctor = add_command(commands, common, "doctor", "what is wrong, and how to mend it")
+    doctor.add_argument("--strict", action="store_true", help="exit status 3 where the worst is a warning")
+    doctor.set_defaults(action=_doctor)
 
 
 # -- store ------------------------------------------------------------------------------------------------------------
@@ -143,7 +145,9 @@ def _status(arguments: argparse.Namespace, paths: Paths) -> int:
         print(
             f"cache      {entries} answers of {len(caches)} model{'' if len(caches) == 1 else 's'}, {megabytes(size)}"
         )
-    print(f"store      generation {result['generation']}, key from {result['key_source']}")
+    sealed = {"tpm2": ", sealed by the TPM", "host": ", sealed by the key of this machine"}
+    key = result["key_source"] + sealed.get(result["key_place"], "")
+    print(f"store      generation {result['generation']}, key from {key}")
     if doing := result["under_way"]:
         print(f"under way  {doing['operation']} for {doing['seconds']:.0f} s")
     if why := "; ".join(level["why"] for level in result["governor"]["levels"].values() if level["level"]):
@@ -170,6 +174,9 @@ def _print_fleet(result: Mapping[str, Any]) -> None:
             print(f"identity   {words}" + ("" if fleet["device"] else f" ({fleet['identity']})"))
         for lane, job in result["jobs"].items():
             print(f"job        {job['job_id']} ({job['op']}, {lane} lane) for {job['seconds']:.0f} s")
+    if last := (result["update"] or {}).get("last"):
+        more = last["reason"] or (f"waits for {last['waits_for']}" if last.get("waits_for") else "")
+        print(f"update     {last['version']} {last['stage']}{f': {more}' if more else ''}")
     if link := result["link"]:
         print("link       " + ("connected" if link["connected"] else f"not connected: {link.get('reason') or '?'}"))
     if failed := [task["task"] for task in result["maintenance"] if task["ok"] is False]:
@@ -179,14 +186,17 @@ def _print_fleet(result: Mapping[str, Any]) -> None:
 def _doctor(arguments: argparse.Namespace, paths: Paths) -> int:
     from agent.cli.diagnosis import diagnose  # noqa: PLC0415 - imports much
 
-    findings = diagnose(paths)
-    worst = max((("ok", "note", "warning", "error").index(finding["level"]) for finding in findings), default=0)
+    levels = ("ok", "note", "warning", "error")
+    # The worst first; what is in order is one short line each.
+    findings = sorted(diagnose(paths), key=lambda finding: -levels.index(finding["level"]))
+    worst = max((levels.index(finding["level"]) for finding in findings), default=0)
+    status = EXIT_FAILED if worst == 3 else EXIT_WARNED if worst == 2 and arguments.strict else 0
     if arguments.json:
         print_json({"verdict": ("healthy", "healthy", "degraded", "failing")[worst], "findings": findings})
-        return EXIT_FAILED if worst == 3 else 0
+        return status
     for finding in findings:
         mark = {"ok": "ok  ", "note": "note", "warning": "WARN", "error": "FAIL"}[finding["level"]]
         print(f"{mark}  {finding['check']:<10} {finding['text']}")
         if finding["mend"]:
             print(f"      {'':<10} -> {finding['mend']}")
-    return EXIT_FAILED if worst == 3 else 0
+    return status

@@ -23,6 +23,7 @@ from agent.cli import (
     infer_command,
     local_commands,
     model_commands,
+    seal_command,
     units_command,
 )
 from agent.cli.terminal import EXIT_FAILED, EXIT_INTERRUPTED, print_error
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     local_commands.register(commands, common)
     units_command.register(commands, common)
+    seal_command.register(commands, common)
     model_commands.register(commands, common)
     infer_command.register(commands, common)
     admin_commands.register(commands, common)

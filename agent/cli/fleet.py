@@ -27,6 +27,7 @@ from agent.cli import (
     fleet_jobs,
     fleet_keys,
     fleet_pack,
+    fleet_release,
     fleet_repository,
     fleet_rpc,
     fleet_watch,
@@ -105,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
     fleet_watch.register(commands, common)
     fleet_pack.register(commands, output)
     fleet_repository.register(commands, common)
+    fleet_release.register(commands, common)
     fleet_blocks.register(commands, common)
     fleet_export.register(commands, common)
     return top

@@ -14,6 +14,7 @@ from agent.base.errors import AgentError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_WARNED = 3
 EXIT_INTERRUPTED = 130
 
 
@@ -23,6 +24,13 @@ def print_error(error: AgentError | OSError | str) -> None:
     hint = getattr(error, "hint", "")
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
+
+
+def print_warning(error: AgentError) -> None:
+    """Of something that did not work and need not: on stderr, as an error is."""
+    print(f"warning: {error}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
 
 
 def print_json(document: Any) -> None:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from agent.base.errors import DeadlineError
 from agent.client.blocking import INFER_SOCKET
 from agent.client.exchange import (
+    AGAIN_S,
     FULL_QUEUE_PAUSE_S,
     HEAD_BYTES,
     KEPT,
     Answer,
+    LostError,
     NotTaken,
     Part,
     Step,
@@ -56,7 +58,8 @@ class AsyncClient:
     ) -> Result:
         """As ``Client.infer``."""
         target = model_path(model, version, "/infer")
-        return infer_result(await self._call(infer_request(target, inputs, outputs, id, parameters, datatypes)))
+        parts = infer_request(target, inputs, outputs, id, parameters, datatypes)
+        return infer_result(await self._call(parts, harmless=True))
 
     async def metadata(self, model: str | None = None, version: str | None = None) -> dict[str, Any]:
         """As ``Client.metadata``."""
@@ -65,11 +68,13 @@ class AsyncClient:
     async def ready(self, model: str | None = None, version: str | None = None) -> bool:
         """As ``Client.ready``."""
         target = "/v2/health/ready" if model is None else model_path(model, version, "/ready")
-        return is_ready(await self._call(request("GET", target)))
+        return is_ready(await self._call(request("GET", target), harmless=True))
 
     async def models(self) -> list[dict[str, Any]]:
         """As ``Client.models``."""
-        answer: list[dict[str, Any]] = (await self._call(request("POST", "/v2/repository/index"))).document()
+        answer: list[dict[str, Any]] = (
+            await self._call(request("POST", "/v2/repository/index"), harmless=True)
+        ).document()
         return answer
 
     async def statistics(self, model: str | None = None, version: str | None = None) -> list[dict[str, Any]]:
@@ -92,25 +97,36 @@ class AsyncClient:
         return bool((await self._call(parts)).document()["counted"])
 
     async def _get(self, target: str) -> dict[str, Any]:
-        document: dict[str, Any] = (await self._call(request("GET", target))).document()
+        document: dict[str, Any] = (await self._call(request("GET", target), harmless=True)).document()
         return document
 
-    async def _call(self, parts: list[Part]) -> Answer:
+    async def _call(self, parts: list[Part], *, harmless: bool = False) -> Answer:
+        """See ``Lines.call``."""
         try:
-            return await asyncio.wait_for(self._call_on_some(parts), self._timeout)
+            return await asyncio.wait_for(self._repeated(parts, harmless=harmless), self._timeout)
         except (asyncio.TimeoutError, OSError) as error:
             if isinstance(error, asyncio.TimeoutError):
                 raise DeadlineError("cannot ask the agent: no answer within the timeout") from error
             raise unreachable(self._path, error) from error
 
-    async def _call_on_some(self, parts: list[Part]) -> Answer:
+    async def _repeated(self, parts: list[Part], *, harmless: bool) -> Answer:
+        try:
+            if harmless:
+                with contextlib.suppress(LostError):
+                    return await self._on_some(parts)
+            return await self._on_some(parts)
+        except NotTaken:
+            raise not_taken(self._path) from None
+
+    async def _on_some(self, parts: list[Part]) -> Answer:
         while self._kept:
             with contextlib.suppress(NotTaken):
                 return await self._on(self._kept.pop(), parts)
-        try:
-            return await self._on(await self._connected(), parts)
-        except NotTaken:
-            raise not_taken(self._path) from None
+        for pause in AGAIN_S:
+            with contextlib.suppress(NotTaken):
+                return await self._on(await self._connected(), parts)
+            await asyncio.sleep(pause)
+        return await self._on(await self._connected(), parts)
 
     async def _connected(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -13,9 +13,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from agent.client.exchange import (
+    AGAIN_S,
     FULL_QUEUE_PAUSE_S,
     KEPT,
     Answer,
+    LostError,
     NotTaken,
     Part,
     Step,
@@ -111,19 +113,43 @@ class Lines:
         self._kept: deque[Line] = deque()
 
     def call(
-        self, parts: list[Part], *, descriptors: Sequence[int] = (), on_line: Callable[[bytes], None] | None = None
+        self,
+        parts: list[Part],
+        *,
+        descriptors: Sequence[int] = (),
+        on_line: Callable[[bytes], None] | None = None,
+        harmless: bool = False,
     ) -> Answer:
-        """One exchange; on another connection where a kept one turns out to have been closed before."""
+        """One exchange; on another connection where the agent did not take it, as when it restarts.
+
+        A ``harmless`` one may be done twice: it is also repeated, once, when the agent took it and its answer is lost.
+        """
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
         try:
-            while (line := self._kept_one()) is not None:
-                with contextlib.suppress(NotTaken):
-                    return self._on(line, parts, deadline, descriptors, on_line)
-            return self._on(Line(self.path, deadline), parts, deadline, descriptors, on_line)
+            if harmless:
+                with contextlib.suppress(LostError):
+                    return self._on_some(parts, deadline, descriptors, on_line)
+            return self._on_some(parts, deadline, descriptors, on_line)
         except NotTaken:
             raise not_taken(self.path) from None
         except OSError as error:
             raise unreachable(self.path, error) from error
+
+    def _on_some(
+        self,
+        parts: list[Part],
+        deadline: float | None,
+        descriptors: Sequence[int],
+        on_line: Callable[[bytes], None] | None,
+    ) -> Answer:
+        while (line := self._kept_one()) is not None:
+            with contextlib.suppress(NotTaken):
+                return self._on(line, parts, deadline, descriptors, on_line)
+        for pause in AGAIN_S:
+            with contextlib.suppress(NotTaken):
+                return self._on(Line(self.path, deadline), parts, deadline, descriptors, on_line)
+            time.sleep(pause)
+        return self._on(Line(self.path, deadline), parts, deadline, descriptors, on_line)
 
     def _on(
         self,
@@ -176,12 +202,14 @@ class Client:
         """Run ``model`` on arrays by input name.
 
         ``outputs``: names, or names with the parameters of each (``{"scores": {"classification": 3}}``); None: all.
+        A restart of the agent is waited for; a request whose answer is lost in one is repeated once.
         ``datatypes`` overrides what an array's dtype says (``{"x": "BF16"}``). BYTES inputs are arrays of ``bytes`` or
         texts; BYTES outputs are arrays of ``bytes``; BF16 outputs are widened to float32.
         Raises NotFoundError, PeerError (naming the input), RefusedError, TryLaterError, DeadlineError.
         """
         target = model_path(model, version, "/infer")
-        return infer_result(self._lines.call(infer_request(target, inputs, outputs, id, parameters, datatypes)))
+        parts = infer_request(target, inputs, outputs, id, parameters, datatypes)
+        return infer_result(self._lines.call(parts, harmless=True))
 
     def metadata(self, model: str | None = None, version: str | None = None) -> dict[str, Any]:
         """Metadata of a model, or of the server."""
@@ -190,11 +218,13 @@ class Client:
     def ready(self, model: str | None = None, version: str | None = None) -> bool:
         """Whether a model, or the server, can answer. Raises NotFoundError for an unknown model."""
         target = "/v2/health/ready" if model is None else model_path(model, version, "/ready")
-        return is_ready(self._lines.call(request("GET", target)))
+        return is_ready(self._lines.call(request("GET", target), harmless=True))
 
     def models(self) -> list[dict[str, Any]]:
         """Every model version that this user may see: name, version, state, reason."""
-        answer: list[dict[str, Any]] = self._lines.call(request("POST", "/v2/repository/index")).document()
+        answer: list[dict[str, Any]] = self._lines.call(
+            request("POST", "/v2/repository/index"), harmless=True
+        ).document()
         return answer
 
     def statistics(self, model: str | None = None, version: str | None = None) -> list[dict[str, Any]]:
@@ -220,7 +250,7 @@ class Client:
         return bool(self._lines.call(parts).document()["counted"])
 
     def _get(self, target: str) -> dict[str, Any]:
-        document: dict[str, Any] = self._lines.call(request("GET", target)).document()
+        document: dict[str, Any] = self._lines.call(request("GET", target), harmless=True).document()
         return document
 
     def close(self) -> None:

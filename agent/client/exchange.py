@@ -35,6 +35,9 @@ MAX_ANSWER_BYTES = 1 << 30
 KEPT = 8
 #: A full queue of the listening socket refuses at once (unix(7)); tried again after this pause.
 FULL_QUEUE_PAUSE_S = 0.005
+#: Pauses before a request that was surely not taken is sent again on another new connection: an agent that restarts may
+#: have accepted one just before it closed its doors, and the next one waits for its successor.
+AGAIN_S = (0.005, 0.01, 0.02)
 LENGTH_FIELD = "inference-header-content-length"
 
 _ERRORS: dict[int, type[AgentError]] = {
@@ -111,6 +114,10 @@ class NotTaken(Exception):  # noqa: N818 - an outcome that may be mended, not an
     """The server surely did not act on the request."""
 
 
+class LostError(TryLaterError):
+    """The server may have acted on the request, and its answer did not come. To be repeated only where that is safe."""
+
+
 #: ("send", parts) or ("receive", memory); a receive is answered with the number of bytes.
 Step = tuple[str, Any]
 
@@ -158,11 +165,11 @@ def _receive(room: memoryview, *, sent: bool, first: bool) -> Generator[Step, in
             # Linux reports ECONNRESET when a Unix socket is closed with bytes unread, so the request was not taken; a
             # server that took it and died shows a plain end.
             raise NotTaken from error
-        raise TryLaterError(f"cannot read the agent's answer: {error.strerror}") from error
+        raise LostError(f"cannot read the agent's answer: {error.strerror}") from error
     if not count:
         if first and not sent:
             raise NotTaken
-        raise TryLaterError("cannot read the agent's answer: the connection was closed before its end")
+        raise LostError("cannot read the agent's answer: the connection was closed before its end")
     return count
 
 

@@ -10,6 +10,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from agent.base.errors import NotFoundError, PeerError
@@ -155,7 +156,11 @@ class AdminApi:
         return await self._do(request, "store gc", lambda tell: self._maintenance.gc())
 
     async def _rotate(self, request: Request) -> Response:
-        return await self._do(request, "store rotate-key", self._maintenance.rotate_key)
+        options = request.json()
+        _known(options, {"to_file"})
+        to_file = _flag(options, "to_file")
+        work = partial(self._maintenance.rotate_key, to_file=to_file)
+        return await self._do(request, "store rotate-key", work)
 
     # -- fleet ----------------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ from agent.core.incoming_api import IncomingApi
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
 from agent.core.link_api import LinkApi, NoFleet
 from agent.core.measuring import Measuring
-from agent.core.memory import settle, trim
+from agent.core.memory import settle, share_one_heap, trim
 from agent.core.operating import Operations
 from agent.core.reviewing import Reviews
 from agent.core.tasks import Means
@@ -65,6 +65,7 @@ from agent.serve.routes import RouteTable
 from agent.serve.server import Server
 from agent.store.document import CatalogDocument
 from agent.store.keys import DeviceKeys
+from agent.store.seals import place_of, read_marks
 from agent.store.store import Store
 from agent.trust.desk import Desk
 
@@ -96,6 +97,7 @@ class Core:
         self._notifier = Notifier(handover.notify_address)
         self._started = time.monotonic()
         self._locked = False
+        self._seals = read_marks(paths.run_dir)
         #: After ``run``: whether every thread has come to its end.
         self.all_ended = True
         self._stop = asyncio.Event()
@@ -131,6 +133,7 @@ class Core:
     def _harden(self) -> None:
         sys.setswitchinterval(_SWITCH_S)
         forbid_inspection()
+        share_one_heap()
         settle()
 
     def _lock(self) -> None:
@@ -228,6 +231,7 @@ class Core:
     def _make_fleet(self) -> Fleet:
         """The fleet's side, where somebody says whom the device obeys; its code is loaded only then."""
         from agent.core.fleet import Fleet  # noqa: PLC0415 - see above
+        from agent.operations.updates import Updates, home_of  # noqa: PLC0415 - as above
 
         within = Within(
             operations=self._operations,
@@ -238,6 +242,7 @@ class Core:
             runtimes=self._runtimes,
             view=self._measuring.view,
             desk=self._desk,
+            updates=Updates(self._paths.update, home_of(Path(sys.prefix), os.environ.get("EDGE_AGENT_HOME"))),
             file_config=lambda: self._config,
             hold=self._hold,
             status=self._status,
@@ -247,6 +252,7 @@ class Core:
             governor=self._governing.record,
             statistics=self._statistics,
             quality=self._guarding.quality.short,
+            key_place=self._key_place,
             unload_all=self._unload_all,
             restart=self.stop,
             reboot=self._request_reboot,
@@ -340,6 +346,7 @@ class Core:
             self._governing.stop()
         if self._fleet is not None:
             self._fleet.stop()
+        self._no_fleet.stop()
         self._incoming.stop()
         self._operations.stop()  # first, or the admin socket would drain for as long as a trial lasts
         servers = [server for server in (getattr(self, "_infer", None), getattr(self, "_admin", None)) if server]
@@ -432,6 +439,10 @@ class Core:
 
         return {tensor.name: tensor.array for tensor in self._operations.await_on_loop(ask()).outputs}
 
+    def _key_place(self) -> str:
+        """Where the device secret is: file, or what its credential is sealed with."""
+        return place_of(self._store.secret, self._seals)
+
     def _statistics(self) -> dict[str, Any]:
         return self._inference.statistics_document()
 
@@ -474,6 +485,7 @@ class Core:
             "threads": device.threads,
             "memory_budget_mb": round(device.budget_mb),
             "key_source": self._store.secret.source,
+            "key_place": self._key_place(),
             "generation": self._store.document.generation,
             "models": self._engine.index(),
             "loaded": self._engine.loaded(),
@@ -488,7 +500,7 @@ class Core:
             "governor": self._governing.status(),
             "lost": self._accelerators.status(),
             **self._upkeep.status(),
-            **(self._fleet.status() if self._fleet is not None else {"fleet": None, "link": None}),
+            **(self._fleet.status() if self._fleet is not None else {"fleet": None, "link": None, "update": None}),
         }
 
     def _diagnose(self) -> list[dict[str, Any]]:

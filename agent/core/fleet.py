@@ -32,6 +32,7 @@ from agent.core.reporting import Reporting
 from agent.core.telemetry import Telemetry, energy_record, heat_record, memory_record, models_record
 from agent.core.telling import last_lines, short_config, short_drift
 from agent.core.twin import Twin
+from agent.core.updating import Updating
 from agent.core.upkeep import Upkeep
 from agent.core.within import Within
 from agent.hardware.sensors import read_sensors
@@ -86,6 +87,7 @@ class Fleet:
         self._jobs: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._inventory: dict[str, Any] = {}
+        self.updating = Updating(within.updates, lambda: self.config.update.settle_s, self._lacking, self.changed)
         self._origin = Origin(
             desk=within.desk,
             metadata=paths.repository,
@@ -108,6 +110,7 @@ class Fleet:
             self._tasks.append(asyncio.ensure_future(self._take_inventory()))
         self._telemetry.start()
         self._finish_probation()
+        self.updating.start()
         self._begin()
 
     def _begin(self) -> None:
@@ -154,6 +157,8 @@ class Fleet:
             reboot=within.reboot,
             stay=within.stay,
             origin=self._origin,
+            updates=within.updates,
+            link_is_up=lambda: bool(self.link.document.get("connected")),
             watcher=within.watcher,
         )
         handlers = Jobs(around).handlers()
@@ -228,6 +233,7 @@ class Fleet:
         if not hasattr(self, "runner"):
             return
         self.runner.stop()
+        self.updating.stop()
         self._telemetry.stop()
         for task in (*self._tasks, self._jobs):
             if task is not None:
@@ -349,6 +355,14 @@ class Fleet:
             raise EnvelopeError("not_enrolled", "this device has no fleet")
         return open_envelope(envelope, kind, allegiance.public_keys).payload
 
+    def _lacking(self, link: bool) -> str:
+        """What a release on probation lacks to be confirmed."""
+        if not self.ledger.is_open:
+            return f"the job journal: {self.ledger.problem}"
+        if link and not self.link.document.get("connected"):
+            return "the link, which was connected before"
+        return ""
+
     def _link_is_back(self) -> bool:
         return self.link.connected(self.link_settings()["version"])
 
@@ -378,6 +392,7 @@ class Fleet:
             "models_left_out": max(0, len(models) - _MOST_MODELS),
             "jobs": {"under_way": _lanes(self.runner), "problem": self.runner.problem or self.ledger.problem or None},
             "maintenance": self._upkeep.short(),
+            "agent": self.updating.status(),
         }
 
     def drift(self, config: Config | None = None) -> list[dict[str, Any]]:
@@ -386,7 +401,8 @@ class Fleet:
 
     def _facts(self) -> dict[str, Any]:
         device = self._within.device
-        return fleet_facts(device.facts, device.profile, device.problems)
+        found = fleet_facts(device.facts, device.profile, device.problems)
+        return {**found, "device_secret": self._within.key_place()}
 
     # -- link ---------------------------------------------------------------------------------------------------------
 
@@ -480,7 +496,7 @@ class Fleet:
         if state != "off" and not self.link.document.get("connected"):
             shown = self.link.shown()
             found.append(health.Finding("link", "note", f"not connected: {shown.get('reason') or 'no reason given'}"))
-        return found
+        return [*found, *self.updating.findings()]
 
     def status(self) -> dict[str, Any]:
         """For ``status``."""
@@ -490,6 +506,7 @@ class Fleet:
             "link": self.link.shown() if self.link_settings()["state"] != "off" else None,
             "config_state": self.remote.entry.state,
             "drift": self.drift(),
+            "update": self.updating.status(),
             "jobs": _lanes(self.runner),
             "alerts": self._telemetry.alerts,
             "refused": self.ledger.refusals(),

@@ -15,6 +15,7 @@ from agent.core.probation import Probations, Surroundings
 from agent.core.quality import QualityKept
 from agent.core.watching import Watching
 from agent.infer.engine import Engine
+from agent.infer.right_of_way import RIGHT_OF_WAY
 from agent.operations.install import Installer
 from agent.store.document import CatalogDocument
 from agent.store.store import Store
@@ -44,7 +45,7 @@ class Guarding:
         self._config = config
         self._inference: Inference | None = None
         self._watch: Watch | None = None
-        self._watching = watching = Watching(self._connect)
+        self._watching = watching = Watching(self._connect, RIGHT_OF_WAY.hold, RIGHT_OF_WAY.let_go)
         self._shadowing: Shadowing | None = None
         self.quality = QualityKept(
             folder / "quality.json",
@@ -69,6 +70,7 @@ class Guarding:
             spans=lambda begin, end: operations.on_loop(lambda: watching.spans(begin, end)),
             watch=lambda on: operations.on_loop(lambda: watching.measure(on=on)),
         )
+        RIGHT_OF_WAY.watch = lambda on: operations.tell_loop(lambda: watching.give_way(on=on))
 
     def attach(self, inference: Inference) -> None:
         """Requests come by there from now on."""

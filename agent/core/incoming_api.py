@@ -94,6 +94,7 @@ class IncomingApi:
             "ca_file": config.ca_file,
             "rate_kib_s": config.rate_kib_s,
             "blocks": config.blocks,
+            "doubts": self._desk.doubts,
             "wants": rows,
         }
         if said != self._said:  # how far a want has come is no news

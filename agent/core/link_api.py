@@ -7,6 +7,7 @@ connection is believed for what it is worth: it decides nothing but whether a co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ _MOST_BODY = 128 << 10
 _MOST_CSR = 4096
 #: Link speaks every 30 s while it lives.
 _SILENT_S = 100.0
-#: So long a device without a fleet keeps link waiting: a stop waits for it too.
+#: So long a device without a fleet keeps link waiting.
 _NOTHING_S = 5.0
 
 
@@ -67,6 +68,13 @@ class Fleet(Protocol):
 class NoFleet:
     """Stands behind the rows on a device without a ``trust.toml``: link is told to do nothing."""
 
+    def __init__(self) -> None:
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Link waits no longer: a restart must not wait for it."""
+        self._stopping.set()
+
     def link_settings(self) -> dict[str, Any]:
         """Off."""
         return {"state": "off", "version": 0, "outbox_mb": 1, "splay_s": 0.0, "broker": None, "certificate": None}
@@ -77,7 +85,8 @@ class NoFleet:
 
     async def outgoing(self, cursor: str, wait_s: float) -> tuple[str, list[Message]]:
         """Nothing, in time."""
-        await asyncio.sleep(min(wait_s, _NOTHING_S))
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), min(wait_s, _NOTHING_S))
         return cursor, []
 
     def confirmed(self, ids: set[str]) -> None:

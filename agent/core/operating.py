@@ -131,6 +131,11 @@ class Operations:
 
         return self.await_on_loop(call())
 
+    def tell_loop(self, work: Callable[[], object]) -> None:
+        """From any thread: have ``work`` done on the event loop's thread some time, if it turns."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(work)
+
     def await_on_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
         """From the operations' thread: run a coroutine on the event loop's thread and wait for its result."""
         if self._loop is None:

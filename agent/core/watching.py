@@ -36,12 +36,23 @@ class _Followed:
 
 
 class Watching:
-    """See ``agent.serve.inference.Watch``. ``connect`` tells inference whom to tell; None: nobody."""
+    """See ``agent.serve.inference.Watch``. ``connect`` tells inference whom to tell; None: nobody.
 
-    def __init__(self, connect: Callable[[Watch | None], None]) -> None:
+    While somebody gives way ``hold`` is called when a request comes, and ``let_go`` when none is left.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[Watch | None], None],
+        hold: Callable[[], None] = lambda: None,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
         self._connect = connect
+        self._hold = hold
+        self._let_go = let_go
         self._followed: dict[str, _Followed] = {}
         self._measuring = 0
+        self._giving_way = False
         self._open: dict[int, None] = {}
         self._spans: deque[tuple[int, int]] = deque(maxlen=_MOST_SPANS)
 
@@ -64,7 +75,11 @@ class Watching:
         self._measuring += 1 if on else -1
         if not self._measuring:
             self._spans.clear()
-            self._open.clear()
+        self._update()
+
+    def give_way(self, *, on: bool) -> None:
+        """Tell when requests come and when none is left."""
+        self._giving_way = on
         self._update()
 
     def close(self) -> None:
@@ -73,14 +88,18 @@ class Watching:
         self._connect(None)
 
     def _update(self) -> None:
-        self._connect(self if self._followed or self._measuring else None)
+        if not self._measuring and not self._giving_way:
+            self._open.clear()
+        if not self._giving_way or not self._open:
+            self._let_go()
+        self._connect(self if self._followed or self._measuring or self._giving_way else None)
 
     def spans(self, begin: float, end: float) -> list[tuple[float, float]]:
         """When requests ran between two moments of ``perf_counter``; one that still runs has no end yet."""
         first, last = int(begin * 1e9), int(end * 1e9)
         old = time.perf_counter_ns() - _FORGOTTEN_NS
         for at in [at for at in self._open if at < old]:
-            del self._open[at]
+            self._close(at)
         found = [(start, stop) for start, stop in self._spans if start < last and stop > first]
         found += [(start, last) for start in self._open if start < last]
         return [(start / 1e9, stop / 1e9) for start, stop in found]
@@ -89,14 +108,22 @@ class Watching:
 
     def began(self, at: int) -> None:
         """See ``Watch``."""
-        if self._measuring:
+        if self._measuring or self._giving_way:
             self._open[at] = None
+        if self._giving_way:
+            self._hold()
 
     def ended(self, at: int) -> None:
         """See ``Watch``."""
-        if self._measuring and at in self._open:
-            del self._open[at]
-            self._spans.append((at, time.perf_counter_ns()))
+        if at in self._open:
+            self._close(at)
+            if self._measuring:
+                self._spans.append((at, time.perf_counter_ns()))
+
+    def _close(self, at: int) -> None:
+        del self._open[at]
+        if not self._open:
+            self._let_go()
 
     def answered(self, asked: InferRequest, response: InferResponse) -> None:
         """See ``Watch``."""

@@ -18,6 +18,7 @@ from agent.trust.desk import Desk
 
 if TYPE_CHECKING:
     from agent.infer.runtimes.probe import Runtimes
+    from agent.operations.updates import Updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,8 @@ class Within:
     """``hold`` puts a configuration into force, on the event loop's thread; ``findings`` are those that core makes.
 
     ``view`` is the device as choices see it, ``desk`` where anything is wanted from outside. ``figures`` are of this
-    process, ``governor`` its levels, ``statistics`` the document of inference, ``quality`` how well a version answers;
-    ``diagnose`` all checks and slow.
+    process, ``governor`` its levels, ``statistics`` the document of inference, ``quality`` how well a version answers,
+    ``key_place`` where the device secret is; ``diagnose`` all checks and slow.
     """
 
     operations: Operations
@@ -37,6 +38,7 @@ class Within:
     runtimes: Runtimes
     view: DeviceView
     desk: Desk
+    updates: Updates
     file_config: Callable[[], Config]
     hold: Callable[[Config], None]
     status: Callable[[], dict[str, Any]]
@@ -46,6 +48,7 @@ class Within:
     governor: Callable[[], dict[str, Any]]
     statistics: Callable[[], dict[str, Any]]
     quality: Callable[[str, str], dict[str, Any]]
+    key_place: Callable[[], str]
     unload_all: Callable[[], int]
     restart: Callable[[], None]
     reboot: Callable[[], None]

@@ -55,6 +55,7 @@ USAGE: Mapping[str, Usage] = {
     "cache.flush": Usage("unload all models and forget kept answers; models are loaded again when asked for"),
     "bench.run": Usage("try a model's variants again and choose anew", {"model": "text"}, ("model",)),
     "maintenance.plan": Usage("run tasks of the maintenance plan now", {"run": "list"}, ("run",)),
+    "agent.update": Usage("install a published release of the agent itself", {"version": "text"}, ("version",)),
     "agent.restart": Usage("restart the agent"),
     "device.reboot": Usage("reboot the device"),
 }

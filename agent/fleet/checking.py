@@ -71,7 +71,9 @@ def check_site(
         always = TrustedClock(clock, "always", datetime.fromtimestamp(0, clock.now().tzinfo))
         repository = Repository(Path(folder), shipped_root, FolderWants(site), always)
         state = repository.refresh()
-        listed = load(site).models.signed.targets
+        edition = load(site)
+        models = edition.models.signed.targets
+        listed = [*edition.targets.signed.targets, *models]
         problems: list[str] = []
         size = 0
         for number, path in enumerate(listed, 1):
@@ -82,7 +84,7 @@ def check_site(
                 _check_file(site, target)
             except (AgentError, OSError) as error:
                 problems.append(f"{path}: {error}")
-        releases = targets_by_release(listed)
+        releases = targets_by_release(models)
         for model, version in releases:
             problems += _check_release(repository, site, model, version, identity)
     return Checked(state, len(releases), len(listed), size, tuple(problems))

@@ -2,8 +2,9 @@
 
 A child is started by exec (never fork: it would inherit the keys), gets its files as descriptors and an environment
 of its own, and is killed when it outlasts a deadline or outgrows its memory. It runs only while it is asked something:
-between an answer and the next request it is stopped, so that it neither disturbs others nor grows unseen. Whatever a
-child does ends as a ``ChildError`` with a kind; nothing of it can block or crash the caller.
+between an answer and the next request it is stopped, so that it neither disturbs others nor grows unseen, and so it is
+while apps are answered (``right_of_way``). Whatever a child does ends as a ``ChildError`` with a kind; nothing of it
+can block or crash the caller.
 
 It has the lowest priority that there is. So one that is slow to answer may be one that others leave no time: it hangs
 only when it has had half of its time, or waits for something else than a processor, or is late many times over.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent.base.errors import AgentError, TryLaterError
+from agent.infer.right_of_way import RIGHT_OF_WAY
 
 _MB = 1 << 20
 _POLL_S = 0.05
@@ -122,6 +124,7 @@ class ChildProcess:
             raise
         finally:
             theirs.close()
+        RIGHT_OF_WAY.add(self._process)
         self._control = ours
         self._buffer = bytearray()
         self._status = self._open_status()
@@ -144,7 +147,7 @@ class ChildProcess:
     def call(self, operation: str, timeout_s: float, /, **arguments: object) -> dict[str, Any]:
         """Ask once and wait. ChildError: ``refused`` for an answered error, else how the child ended."""
         line = json.dumps({"op": operation, **arguments}).encode() + b"\n"
-        self._process.send_signal(signal.SIGCONT)
+        RIGHT_OF_WAY.run(self._process)
         try:
             self._control.settimeout(timeout_s)
             self._control.sendall(line)
@@ -161,6 +164,7 @@ class ChildProcess:
 
     def close(self) -> None:
         """Kill what is left, reap it, close the socket."""
+        RIGHT_OF_WAY.take_out(self._process)
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         self._process.wait()
@@ -180,6 +184,7 @@ class ChildProcess:
                 raise ChildError("hung", f"hung: no answer to '{doing}' within {timeout_s:.0f} s")
             self._require_within_limits(doing)
             self._go_on()
+            RIGHT_OF_WAY.breathe()
             self._control.settimeout(_POLL_S)
             try:
                 part = self._control.recv(1 << 16)
@@ -196,7 +201,7 @@ class ChildProcess:
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         self._require_within_limits(doing)
-        self._process.send_signal(signal.SIGSTOP)
+        RIGHT_OF_WAY.rest(self._process)
         try:
             answer = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -243,14 +248,14 @@ class ChildProcess:
         return held_kb, int(fields.get(b"Threads", b"0"))
 
     def _is_starved(self, begun: float, used: float, timeout_s: float) -> bool:
-        """Whether it would run and may not: others have the processors."""
+        """Whether it would run and may not: others have the processors, or requests the right of way."""
         if time.monotonic() > begun + _PATIENCE * timeout_s or self._used_s() - used > timeout_s / 2:
             return False
         try:
             lines = os.pread(self._status, 1 << 16, 0).splitlines()
         except OSError:
             return False
-        return any(line.startswith(b"State:\tR") for line in lines)
+        return any(line.startswith((b"State:\tR", b"State:\tT")) for line in lines)
 
     def _used_s(self) -> float:
         """Processor time of the process, by its own clock: clock_getcpuclockid(3) makes the number so."""
@@ -261,6 +266,7 @@ class ChildProcess:
 
     def _ended(self, doing: str) -> ChildError:
         """Why the child is gone: its signal or status."""
+        RIGHT_OF_WAY.take_out(self._process)
         try:
             status = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:

@@ -1,32 +1,25 @@
 """The engine: answers requests with loaded sessions of the models on its shelf.
 
 What is in memory is decided by ``residency`` and done by ``loading``; ``standing`` knows which session answers for a
-version; a run is made by ``answering``, on the event loop or in a thread of ``runners``. Here they meet requests. All
-state is changed on the event loop's thread only.
-
-A run ends, or is asked to, when its request's time is over or its caller has gone. A session that comes to hold far
-more than was measured is dropped, so that no input makes the daemon keep memory that the budget does not know.
+version; ``running`` makes the runs. Here they meet requests. All state is changed on the event loop's thread only.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from agent import __version__
 from agent.base.errors import DeadlineError, TryLaterError
-from agent.base.memory import resident_mb
-from agent.infer.answering import Key, Resident, described, require_options, respond
+from agent.infer.answering import Key, Resident, described, require_options
 from agent.infer.attempts import Attempt
 from agent.infer.cascading import Cascading
-from agent.infer.halting import Halt, LoopGuard
-from agent.infer.loading import MIB, EngineLimits, before
+from agent.infer.loading import MIB, EngineLimits
 from agent.infer.picking import pick
-from agent.infer.runners import Job, Runners
+from agent.infer.running import Running
 from agent.infer.runtimes.base import Runtime
 from agent.infer.runtimes.failures import DoubtfulError, ProviderLostError, return_memory
 from agent.infer.shelf import Option, Served, Shelf
@@ -36,24 +29,16 @@ from agent.infer.tensors import InferRequest, InferResponse, check_inputs
 from agent.infer.wishes import NO_WISHES, Wishes, wishes_of
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from agent.bundles.manifest import TensorSpec
     from agent.infer.caching import Caching
-    from agent.infer.joining import Joint, Means
 
 __all__ = ["Engine", "EngineLimits", "Key"]
 
-#: A run on the loop that was longer may have taken any memory, which nobody looked at: its session is dropped.
-_LONG_US = 20_000
-#: Growth of the process within one run that drops the session: this much, and this often what was measured.
-_OUTGROWN_MB, _OUTGROWN = 64.0, 2.0
 #: For runs that were told to end, at the stop.
 _CLOSE_S = 5.0
 #: For a run that nobody waits for.
 _REPLAY_S = 30.0
 _LOG = logging.getLogger("edge_agent.engine")
-_T = TypeVar("_T")
 
 
 class Engine:
@@ -73,15 +58,11 @@ class Engine:
         report_loss: Callable[[Option, str], None] = lambda option, reason: None,
     ) -> None:
         self._limits = limits
-        self._fence = fence
         self._standing = Standing(lambda: self._limits, load_runtime, report_damage, fence, give_back, report_loss)
         self._loader = self._standing.loader
         self._waiting: dict[str, int] = {}
-        self._runners = Runners(limits.workers)
-        self._halts: set[Halt] = set()
-        self._guard = LoopGuard()
+        self._running = Running(self._standing, lambda: self._limits, fence)
         self._caching: Caching | None = None
-        self._unfit: dict[str, str] = {}  # why requests are not joined, by the digest of the option
         self._cascading = Cascading(self._answer, self._standing.hurried)
         self._closing = False
         #: Told when a request is about to run: whatever runs aside shall end.
@@ -144,7 +125,7 @@ class Engine:
         """The sessions that answer now, for ``status``."""
         residents = self._standing.all()
         for resident in residents:
-            self._joint_of(resident)  # one that nobody has asked yet does not know
+            self._running.joint_of(resident)  # one that nobody has asked yet does not know
         return [self._row(resident, stands=self._standing.stands(resident)) for resident in residents]
 
     def _row(self, resident: Resident, *, stands: bool) -> dict[str, Any]:
@@ -266,9 +247,7 @@ class Engine:
         self._standing.stop()
         if self._caching is not None:
             self._caching.close()
-        for halt in self._halts:
-            halt.request()
-        clean = await self._runners.close(_CLOSE_S)
+        clean = await self._running.close(_CLOSE_S)
         clean = await self._standing.close(_CLOSE_S) and clean
         if not clean:
             _LOG.error("a load or a run did not end when told to")
@@ -300,11 +279,11 @@ class Engine:
             resident is not None
             and resident.fits_the_loop(request)
             and wishes.pin is None
-            and ((joint := self._joint_of(resident)) is None or joint.quiet())
+            and ((joint := self._running.joint_of(resident)) is None or joint.quiet())
             and self._loader.touch(resident.name, wishes.keep_s)
         ):
             try:
-                return self._run_on_loop(resident, request)
+                return self._running.on_loop(resident, request)
             except DeadlineError:  # its time follows from its inputs' values: it runs in threads from now on
                 self._standing.keep_off_the_loop(resident)
             except ProviderLostError as error:
@@ -318,7 +297,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether nobody runs, or waits to."""
-        return not self._waiting and self._runners.idle
+        return not self._waiting and self._running.idle
 
     def is_hot(self, name: str, version: str) -> bool:
         """Whether a session of that version is in memory."""
@@ -330,19 +309,6 @@ class Engine:
     ) -> Coroutine[Any, Any, InferResponse]:
         """An answer that nobody waits for: it is not kept."""
         return self._answer(self._shelf.find(name, version), request, deadline, NO_WISHES)
-
-    def _run_on_loop(self, resident: Resident, request: InferRequest) -> InferResponse:
-        """One run on this thread. DeadlineError when it held the loop up; its session is dropped then."""
-        try:
-            response = respond(resident, request, 0.0, self._guard.begin())
-        except TryLaterError:
-            self._standing.retire(resident)
-            raise
-        finally:
-            self._guard.end()
-        if response.parameters["compute_us"] > _LONG_US:
-            self._standing.retire(resident)
-        return response
 
     async def _answer(
         self,
@@ -368,7 +334,7 @@ class Engine:
             while True:
                 resident = await self._standing.lease(served, deadline, attempt.pick)
                 try:
-                    response = await self._run(resident, request, arrays, (arrived, deadline), wishes)
+                    response = await self._running.run(resident, request, arrays, (arrived, deadline), wishes)
                 except (ProviderLostError, DoubtfulError) as error:
                     attempt.failed(resident, error)
                 else:
@@ -380,130 +346,6 @@ class Engine:
                 self._waiting[served.model] = left
             else:
                 del self._waiting[served.model]
-
-    async def _run(
-        self,
-        resident: Resident,
-        request: InferRequest,
-        arrays: dict[str, NDArray[Any]],
-        times: tuple[float, float],
-        wishes: Wishes,
-    ) -> InferResponse | None:
-        """One run of a session that was leased: joined with others, else alone. None when what it was joined with made
-        the session go. ``times``: of its arrival (``perf_counter``) and its deadline (``monotonic``)."""
-        arrived, deadline = times
-        if (joint := self._joint_of(resident)) is not None and wishes.pin is None:
-            release = partial(self._loader.release, resident.name, wishes.keep_s)
-            if (joined := await joint.answer(request, arrays, times, release)) is not None:
-                return joined
-            if resident.retired:
-                release()
-                return None
-        halt = Halt()
-        job = await self._start(resident, request, arrived, deadline, halt, wishes)
-        try:
-            return await before(deadline, asyncio.shield(job.future))
-        except (DeadlineError, asyncio.CancelledError):
-            halt.request()
-            self._runners.withdraw(job)
-            raise
-
-    async def _start(
-        self, resident: Resident, request: InferRequest, arrived: float, deadline: float, halt: Halt, wishes: Wishes
-    ) -> Job:
-        """The run, waiting for a thread or in one; it holds the session, and its turn, until it has really ended."""
-        try:
-            if wishes.pin is not None:
-                self._standing.pin(resident, pinned=wishes.pin)
-            if resident.turn is not None:
-                await before(deadline, resident.turn.acquire())
-        except BaseException:
-            self._loader.release(resident.name, wishes.keep_s)
-            raise
-        work = partial(self._guarded, resident, partial(respond, resident, request, arrived, halt))
-        job = self._runners.submit(resident.name.model, work)
-        self._halts.add(halt)
-        job.future.add_done_callback(partial(self._release, resident, request, halt, wishes))
-        return job
-
-    def _guarded(self, resident: Resident, work: Callable[[], _T]) -> _T:
-        """In a thread: one run that may take long, and much memory."""
-        self._fence()
-        start_mb = resident_mb()
-        try:
-            return work()
-        except DeadlineError:
-            raise
-        except TryLaterError:
-            resident.outgrown = True  # an arena that failed to grow reserves as much again at its next step
-            raise
-        finally:
-            if resident_mb() - start_mb > _OUTGROWN_MB + _OUTGROWN * resident.option.need_mb:
-                resident.outgrown = True
-
-    def _release(
-        self,
-        resident: Resident,
-        request: InferRequest,
-        halt: Halt,
-        wishes: Wishes,
-        done: asyncio.Future[InferResponse],
-    ) -> None:
-        self._halts.discard(halt)
-        if not done.cancelled() and done.exception() is None:  # seen: nobody may be waiting any more
-            compute_us = done.result().parameters["compute_us"]
-            resident.ran(request, compute_us)
-            self._standing.consider_change(resident, compute_us)
-        self._drop_outgrown(resident)
-        if resident.turn is not None:
-            resident.turn.release()
-        self._loader.release(resident.name, wishes.keep_s)
-
-    def _drop_outgrown(self, resident: Resident) -> None:
-        if resident.outgrown and not resident.retired:
-            _LOG.warning("model %s %s: dropped from memory, it asked for far more than measured", *resident.key)
-            self._standing.retire(resident, cold=True)
-            self._loader.give_back_now()
-
-    # -- joining ------------------------------------------------------------------------------------------------------
-
-    def _joint_of(self, resident: Resident) -> Joint | None:
-        """Where its requests are joined; None where each runs alone."""
-        if resident.joint_for is not resident.served:
-            resident.joint_for = resident.served
-            options = resident.served.options
-            if resident.joint is not None or any(option.batching is not None for option in options):
-                from agent.infer.joining import joint_of  # noqa: PLC0415 - most devices join nothing
-
-                resident.joint = joint_of(resident, self._unfit.get(resident.option.digest, ""), self._means())
-        return resident.joint if resident.joint is not None and resident.joint.on else None
-
-    def _means(self) -> Means:
-        from agent.infer.joining import Means  # noqa: PLC0415 - as above
-
-        return Means(
-            submit=self._runners.submit,
-            withdraw=self._runners.withdraw,
-            guarded=self._guarded,
-            ended=self._ended_together,
-            unfit=self._not_joinable,
-            guard=self._guard,
-            too_long=self._standing.keep_off_the_loop,
-            closing=lambda: self._closing,
-            halts=self._halts,
-            lanes=self._limits.workers,
-        )
-
-    def _ended_together(self, resident: Resident, request: InferRequest | None, rows: int, compute_us: int) -> None:
-        if request is not None:
-            resident.ran(request, compute_us)
-        if rows:
-            self._standing.consider_change(resident, compute_us // rows)
-        self._drop_outgrown(resident)
-
-    def _not_joinable(self, resident: Resident, reason: str) -> None:
-        self._unfit[resident.option.digest] = reason
-        _LOG.warning("model %s %s: requests are not joined any more: %s", *resident.key, reason)
 
 
 def _metadata(spec: TensorSpec) -> dict[str, Any]:

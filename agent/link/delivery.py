@@ -39,6 +39,7 @@ POLL_S = 55.0
 _SLACK_S = 120.0
 _RETRY_S = (0.1, 10.0)
 _GONE, _REFUSED = 404, 403
+_METADATA = "metadata/"
 _ROOT = re.compile(r"metadata/\d+\.root\.json")
 #: Nobody brings a byte for so much of a want's time, or so long: core is told, who may want it again.
 _SHARE, _LONGEST_S = 0.75, 900.0
@@ -117,6 +118,9 @@ class Delivery:
         self._ca_file = ""
         self._tls: ssl.SSLContext | None = None
         self._trouble = ""
+        self._doubts: int | None = None
+        #: Who brought metadata last that core has taken.
+        self._vouched = ""
 
     def state(self) -> dict[str, str | int]:
         """How it goes, for core: how much is being fetched, and what went wrong last."""
@@ -148,6 +152,10 @@ class Delivery:
     def _follow(self, listing: Listing) -> None:
         """Serve what is wanted, and nothing else."""
         self._pace.limit(listing.rate_kib_s * 1024.0)
+        if self._doubts is not None and listing.doubts > self._doubts and self._vouched:
+            _LOG.warning("what %s brought is not believed", self._vouched)
+            self._sources.refused(self._vouched, self._loop.time())
+        self._doubts = listing.doubts
         self._sources.configure([*listing.mirrors, *([BLOCKS] if listing.blocks else [])])
         if listing.ca_file != self._ca_file or not listing.wants:
             self._ca_file, self._tls = listing.ca_file, None  # it takes megabytes, and is needed seldom
@@ -282,6 +290,8 @@ class Delivery:
                     self._sources.worked(name)
                 if put.done:
                     self._trouble = ""
+                    if errand.want.path.startswith(_METADATA):
+                        self._vouched = name
                     raise _EndedError
                 return
 

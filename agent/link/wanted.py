@@ -22,7 +22,10 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """All that is wanted now, and where it may be fetched from. ``rate_kib_s`` 0: as fast as it comes."""
+    """All that is wanted now, and where it may be fetched from. ``rate_kib_s`` 0: as fast as it comes.
+
+    ``doubts``: how often core has not believed metadata that it had taken.
+    """
 
     version: int
     mirrors: tuple[str, ...]
@@ -30,6 +33,7 @@ class Listing:
     rate_kib_s: int
     blocks: bool
     wants: tuple[Wanted, ...]
+    doubts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ def parse_listing(document: Any) -> Listing:
         rate_kib_s=max(0, field_of(known, "rate_kib_s", int)),
         blocks=field_of(known, "blocks", bool),
         wants=tuple(wants),
+        doubts=optional_of(known, "doubts", int) or 0,
     )
 
 

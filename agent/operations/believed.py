@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from agent.base.errors import ConflictError, PeerError, UnsupportedError
 from agent.bundles.manifest import MAX_MANIFEST_BYTES, Manifest, parse_manifest
@@ -26,9 +26,12 @@ from agent.trust.jobkeys import MAX_TABLE_BYTES, TARGET, parse_table
 from agent.trust.wants import DeliveryError, Want, manifest_target, payload_target
 
 if TYPE_CHECKING:
-    from agent.trust.repository import Marks, Repository
+    from agent.trust.repository import Marks, Repository, State, Target
 
 _LOG = logging.getLogger("edge_agent.delivery")
+_T = TypeVar("_T")
+#: Metadata that is not believed is fetched so often in all: the first mirrors may be stale, or somebody else's by now.
+_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +76,12 @@ class Believed:
         tuf = _library()
         known = {role: tuf.Mark(each.version, each.keys) for role, each in _delivery(self._store, root).marks.items()}
         asked = _Asked(self._origin.desk, self._go_on)
-        repository = tuf.Repository(self._origin.metadata, root, asked, self._origin.clock, marks=known)
-        state = repository.refresh()
+
+        def refreshed() -> tuple[Repository, State]:
+            repository = tuf.Repository(self._origin.metadata, root, asked, self._origin.clock, marks=known)
+            return repository, repository.refresh()
+
+        repository, state = self._believed(refreshed)
         self._keep(root, state.marks)
         self._open = repository
         self._take_keys(repository)
@@ -83,18 +90,37 @@ class Believed:
     def release(self, name: str, version: str) -> Release:
         """A version as it was published, once the repository is up to date. DeliveryError, DelayError, PeerError."""
         assert self._open is not None
-        data = self._open.read(manifest_target(name, version), MAX_MANIFEST_BYTES)
+        repository = self._open
+        data = self._believed(lambda: repository.read(manifest_target(name, version), MAX_MANIFEST_BYTES))
         require_agent(name, _wanted_agent(data))
         manifest = parse_manifest(data)
         if (manifest.name, manifest.version) != (name, version):
             raise DeliveryError("mixed", f"the manifest of {name} {version} is of {manifest.name} {manifest.version}")
         payloads = {}
         for ref in manifest.files():
-            target = self._open.find(payload_target(name, version, ref.name))
+            target = repository.find(payload_target(name, version, ref.name))
             if target.length != stream.payload_size(ref.size):
                 raise DeliveryError("mixed", f"{target.path} has another length than its manifest says")
             payloads[ref.name] = target.sha256
         return Release(manifest, payloads)
+
+    def target(self, path: str) -> Target:
+        """What the repository lists under a path, once it is up to date. DeliveryError, DelayError."""
+        repository = self._open
+        assert repository is not None
+        return self._believed(lambda: repository.find(path))
+
+    def _believed(self, read: Callable[[], _T]) -> _T:
+        """What was read; once more, from elsewhere if there is somebody else, where it was not to be believed."""
+        for _ in range(_TRIES - 1):
+            try:
+                return read()
+            except DeliveryError as error:
+                if error.code == "not_listed":
+                    raise
+                _LOG.warning("%s; it is asked for once more", error)
+                self._origin.desk.doubt()
+        return read()
 
     def _keep(self, root: bytes, marks: Marks) -> None:
         kept = {role: MarkEntry(version=mark.version, keys=mark.keys) for role, mark in marks.items()}
@@ -108,7 +134,7 @@ class Believed:
     def _take_keys(self, repository: Repository) -> None:
         """The keys that may give jobs, where the repository says. A table that cannot be read changes nothing."""
         try:
-            data = repository.read(TARGET, MAX_TABLE_BYTES)
+            data = self._believed(lambda: repository.read(TARGET, MAX_TABLE_BYTES))
         except DeliveryError as error:
             if error.code != "not_listed":
                 raise

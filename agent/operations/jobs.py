@@ -21,6 +21,7 @@ from agent.operations.maintain import Maintenance
 from agent.operations.origin import Origin
 from agent.operations.probation import UNWATCHED, Case, Watcher, mark
 from agent.operations.probation import steps as probation_steps
+from agent.operations.updates import Updates
 from agent.store.document import CatalogDocument, ModelEntry
 from agent.store.store import Store
 from agent.work.steps import Handler, RestartPending, Step, Turn
@@ -74,6 +75,9 @@ class Around:
     watcher: Watcher = UNWATCHED
     #: Where published versions come from; None where nobody brings any.
     origin: Origin | None = None
+    #: How root is asked for another release of the agent; None where nobody updates it.
+    updates: Updates | None = None
+    link_is_up: Callable[[], bool] = lambda: False
 
 
 #: Checked arguments, by name.
@@ -110,6 +114,7 @@ _REMOVE = {"model": _TEXT, "version": _Field(lambda value: value is None or isin
 _PIN = {"model": _TEXT, "pinned": _Field(lambda value: isinstance(value, bool), "true or false", True)}
 _CONFIG = {"config": _Field(lambda value: isinstance(value, dict), "an object")}
 _LINES = {"lines": _Field(_is_lines, f"1 to {_MOST_LINES}", 100)}
+_RELEASE = {"version": _TEXT}
 _TASKS = {"run": _Field(_is_names, f"a list of 1 to {_MOST_TASKS} tasks")}
 
 
@@ -152,6 +157,7 @@ class Jobs:
             "cache.flush": ({}, self._flush),
             "bench.run": (_MODEL, self._bench),
             "maintenance.plan": (_TASKS, self._plan),
+            "agent.update": (_RELEASE, self._update),
             "agent.restart": ({}, self._restart),
             "device.reboot": ({}, self._reboot),
         }
@@ -364,6 +370,14 @@ class Jobs:
             )
         return [Step("run", "verifying", lambda turn: {"tasks": self._around.run_tasks(args.run, turn.go_on)})]
 
+    def _update(self, args: _Args) -> list[Step]:
+        from agent.operations.selfupdate import SelfUpdate  # noqa: PLC0415 - most starts update nothing
+
+        around = self._around
+        if around.origin is None or around.updates is None:
+            return [Step("refresh", "verifying", _nobody_updates)]
+        return SelfUpdate(args.version, around.store, around.origin, around.updates, around.link_is_up).steps()
+
     def _restart(self, args: _Args) -> list[Step]:
         def do(turn: Turn) -> None:
             turn.notes["start"] = turn.boot_nonce
@@ -386,6 +400,10 @@ def _handle(
     fields: Mapping[str, _Field], steps: Callable[[_Args], Sequence[Step]], args: Mapping[str, Any]
 ) -> Sequence[Step]:
     return steps(_checked(fields, args))
+
+
+def _nobody_updates(turn: Turn) -> None:
+    raise UnsupportedError("cannot update the agent: nobody brings anything to this device")
 
 
 def boot_id() -> str:

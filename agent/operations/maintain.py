@@ -33,9 +33,9 @@ class Maintenance:
         """Delete what nothing reaches."""
         return dataclasses.asdict(self._store.gc())
 
-    def rotate_key(self, progress: Progress) -> dict[str, Any]:
+    def rotate_key(self, progress: Progress, *, to_file: bool = False) -> dict[str, Any]:
         """Move every header to the next device secret."""
-        report = self._store.rotate_key(_counting("rotating", progress))
+        report = self._store.rotate_key(_counting("rotating", progress), to_file=to_file)
         self._show(self._store.document)
         return {
             "old_key": report.old_key,

@@ -29,6 +29,10 @@ class Bringer(Protocol):
         """A payload, into a file. DeliveryError, DelayError."""
         ...
 
+    def doubt(self) -> None:
+        """What was brought last is not believed: have it brought from elsewhere, if it is wanted again."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Origin:

@@ -31,6 +31,8 @@ TURN = 16
 BODY_READS = 16
 #: What is thrown away of a refused body before the connection is closed, so that the peer gets to read why.
 LINGER_BYTES = 4 << 20
+#: So young, a connection without a request is waited for when the daemon stops.
+FRESH_S = 0.1
 #: Progress events are dropped while more than this waits for a slow reader.
 EVENT_BACKLOG_BYTES = 65536
 
@@ -67,8 +69,8 @@ class Connection:
     """Owns its socket. The server calls ``open``, ``expire``, ``drain`` and ``abort``; the event loop all else."""
 
     __slots__ = (
-        "_cut_at", "_discard", "_eof", "_head", "_held", "_keep_alive", "_limits", "_match", "_owner", "_parser",
-        "_phase", "_refusal", "_request", "_stream", "_streaming", "_task", "_timer", "peer",
+        "_cut_at", "_discard", "_eof", "_head", "_held", "_keep_alive", "_limits", "_match", "_new_until", "_owner",
+        "_parser", "_phase", "_refusal", "_request", "_stream", "_streaming", "_task", "_timer", "peer",
     )  # fmt: skip
 
     def __init__(self, owner: Owner, sock: socket.socket, peer: Peer) -> None:
@@ -79,6 +81,7 @@ class Connection:
         self._parser = RequestParser(owner.heads)
         self._phase: Phase = "idle"
         self._cut_at = time.monotonic() + owner.limits.idle_s
+        self._new_until = time.monotonic() + FRESH_S
         self._head: Head | None = None
         self._match: Match | None = None
         self._refusal: AgentError | None = None
@@ -109,9 +112,18 @@ class Connection:
             self.abort()
 
     def drain(self) -> None:
-        """Close when idle; else close after the answer that is under way."""
+        """Close when idle; else close after the answer that is under way.
+
+        The first request of a new connection is on its way: whoever has just connected does not expect to be closed.
+        """
         if self._phase == "idle":
             self._readable()  # a request that has already arrived is under way
+        if self._phase == "idle" and time.monotonic() < self._new_until:
+            self._owner.loop.call_later(FRESH_S, self._close_if_idle)
+        else:
+            self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
         if self._phase == "idle":
             self.abort()
 
@@ -394,6 +406,7 @@ class Connection:
         if self._phase == "closed":
             return
         self._phase = "writing"
+        self._new_until = 0.0
         self._end_request()
         head, match = self._head, self._match
         self._head = self._match = self._refusal = None

@@ -53,7 +53,7 @@ def _about_keys(seen: Snapshot) -> Iterable[Finding]:
             "key-weak",
             "note",
             "the device secret is a file on the same disk: who takes the disk can read the models",
-            "give the service a credential 'device-secret' sealed by the TPM, then 'edge-agent store rotate-key'",
+            "as a service: edge-agent seal; elsewhere give core a credential 'device-secret', then rotate the key",
         )
     secrets = list(seen.secrets)
     if any(secret.name == FILE_NEXT for secret in secrets):

@@ -1,13 +1,16 @@
 """The catalog document, format ``edge-catalog/1``: what is installed, and where its blobs are.
 
-Pure. An unknown field is an error: an older agent must not drop what a newer one wrote. What selection and trials put
-in (``choice``, ``measurements``, ``quarantine``) is theirs and opaque here. Numbers that are not finite become null.
+Pure. An unknown field is an error: an older agent must not drop what a newer one wrote. One exception: an agent that
+adds fields which may be dropped says so in ``readable_from``, so that the agent before can take over again when an
+update is taken back. What selection and trials put in (``choice``, ``measurements``, ``quarantine``) is theirs and
+opaque here. Numbers that are not finite become null.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, model_validator
 
@@ -15,6 +18,8 @@ from agent.base.errors import PeerError
 from agent.bundles.manifest import Manifest, Name, SemVer, Sha256
 
 FORMAT: Literal["edge-catalog/1"] = "edge-catalog/1"
+#: What this agent reads as; a document that says ``readable_from`` up to it is read without what is unknown.
+READER = 1
 #: Some two thousand models with five variants each; a larger document is refused before it is parsed or written.
 MAX_DOCUMENT_BYTES = 32 << 20
 #: Former grant identities that are kept until the fleet has sealed to the present one.
@@ -173,7 +178,29 @@ def decode(data: bytes) -> CatalogDocument:
     try:
         return CatalogDocument.model_validate_json(data)
     except ValidationError as error:
+        if (reduced := _reduced(data, error)) is not None:
+            return reduced
         raise PeerError(f"cannot use catalog: {_told(error)}") from error
+
+
+def _reduced(data: bytes, error: ValidationError) -> CatalogDocument | None:
+    """The document without the fields that a later agent added; None where that one does not allow it."""
+    document = json.loads(data) if data[:1] == b"{" else None
+    oldest = document.get("readable_from") if isinstance(document, dict) else None
+    if type(oldest) is not int or not 1 <= oldest <= READER:
+        return None
+    try:
+        for problem in error.errors(include_url=False, include_input=False, include_context=False):
+            if problem["type"] != "extra_forbidden":
+                return None
+            *path, name = problem["loc"]
+            holder: Any = document
+            for part in path:
+                holder = holder[part]
+            del holder[name]
+        return CatalogDocument.model_validate_json(json.dumps(document))
+    except (ValidationError, LookupError, TypeError):
+        return None
 
 
 def _told(error: ValidationError) -> str:

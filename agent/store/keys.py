@@ -67,8 +67,11 @@ class Keys(Protocol):
         """Every secret there is, the one for new stores first; with ``create`` one is made where there is none."""
         ...
 
-    def next_secret(self, active: str) -> DeviceSecret:
-        """The secret to rotate to from the one with id ``active``: durable when this returns, the same when resumed."""
+    def next_secret(self, active: str, *, to_file: bool = False) -> DeviceSecret:
+        """The secret to rotate to from the one with id ``active``: durable when this returns, the same when resumed.
+
+        With ``to_file`` it is one of the provider's own making, also where the one in use came from outside.
+        """
         ...
 
     def promote(self, key_id: str) -> str:
@@ -110,18 +113,19 @@ class DeviceKeys:
             found = [self._make(NAME)]
         return tuple(found)
 
-    def next_secret(self, active: str) -> DeviceSecret:
+    def next_secret(self, active: str, *, to_file: bool = False) -> DeviceSecret:
         """See ``Keys``. Credentials cannot be written from here: UnsupportedError tells how to provide the next one."""
-        credentials = self._from_credentials()
-        if credentials:
-            # The credential called next wins; without one a store still under a file's key moves to the credential.
-            if len(credentials) > 1 or credentials[0].key_id != active:
+        credentials, files = self._from_credentials(), self._from_files()
+        if credentials and not to_file:
+            # The credential called next wins; without one a store still under a file's key moves to the credential, and
+            # a move that was cut off before the file was deleted ends there.
+            if len(credentials) > 1 or credentials[0].key_id != active or files:
                 return credentials[-1]
             raise UnsupportedError(
-                "cannot rotate key: the device secret is a credential, which only the integrator can replace",
-                hint=f"give the service a second credential '{CREDENTIAL_NEXT}' of 32 random bytes, restart, try again",
+                "cannot rotate key: the device secret is a credential, which only root can replace",
+                hint="edge-agent seal --rotate, or give the service a second credential "
+                f"'{CREDENTIAL_NEXT}' of 32 random bytes, restart, try again",
             )
-        files = self._from_files()
         waiting = [secret for secret in files if secret.name == FILE_NEXT]
         return waiting[0] if waiting else self._make(FILE_NEXT)
 
@@ -139,7 +143,7 @@ class DeviceKeys:
             self._step("next secret renamed")
             fsync_directory(self._folder)
             self._step("next secret promoted")
-        return ""
+        return f"take the credential '{credentials[0].name}' from the service" if credentials else ""
 
     def _from_credentials(self) -> list[DeviceSecret]:
         if self._credentials is None:

@@ -48,8 +48,20 @@ class RotateReport:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownKey:
+    """A device secret that there is: the id of its key, where it comes from, its name there."""
+
+    key_id: str
+    source: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class StoreStats:
-    """``used_bytes`` counts against the quota; ``unreached_bytes`` is what ``gc`` would free."""
+    """``used_bytes`` counts against the quota; ``unreached_bytes`` is what ``gc`` would free.
+
+    ``keys``: every device secret that was found, the one in use (``key_id``) among them.
+    """
 
     quota_bytes: int
     used_bytes: int
@@ -64,3 +76,4 @@ class StoreStats:
     generation: int
     key_id: str
     key_source: str
+    keys: tuple[KnownKey, ...]

@@ -35,7 +35,7 @@ from agent.store.headers import file_key, put_header, reseal
 from agent.store.keys import FILE_NEXT, DeviceSecret, Keys
 from agent.store.memory import Plaintext
 from agent.store.pace import Pace
-from agent.store.reports import DamagedBlob, GcReport, Progress, RotateReport, StoreStats, VerifyReport
+from agent.store.reports import DamagedBlob, GcReport, KnownKey, Progress, RotateReport, StoreStats, VerifyReport
 from agent.store.space import Hold, Space
 from agent.store.stream import NONCE_BYTES, Bytes
 from agent.store.sweep import foreign, reached, unreached
@@ -302,8 +302,10 @@ class Store:
         self._mark(damaged, whole)
         return VerifyReport(len(refs), total, tuple(DamagedBlob(ref, reason) for ref, reason in damaged.items()))
 
-    def rotate_key(self, progress: Progress = lambda done, total: None) -> RotateReport:
+    def rotate_key(self, progress: Progress = lambda done, total: None, *, to_file: bool = False) -> RotateReport:
         """Move to the next device secret; rewrites headers only. After a kill, a call again finishes it.
+
+        With ``to_file`` from a credential to a file of core's own, which is weaker.
 
         The old secret goes only when both kept generations are durable under the new one. ``progress`` is told headers.
         TryLaterError while blobs are added and not committed; UnsupportedError when the provider has no next secret.
@@ -313,7 +315,7 @@ class Store:
                 raise TryLaterError(f"cannot rotate key: {len(self._pending)} blobs are being added", hint="try again")
             old = self._now().key_id
             former = self.secret.grant_identity.secret.hex()
-            target = self._keys.next_secret(old)
+            target = self._keys.next_secret(old, to_file=to_file)
             self._ring = {**self._ring, target.key_id: target}
             renewed, damaged = reseal(self._blobs, self.document.refs(), self._ring, target, self._random, progress)
             if renewed or old != target.key_id:
@@ -347,6 +349,7 @@ class Store:
             generation=document.generation,
             key_id=self.secret.key_id,
             key_source=self.secret.source,
+            keys=tuple(KnownKey(key.key_id, key.source, key.name) for key in self._ring.values()),
         )
 
     def doctor(self) -> tuple[Finding, ...]:

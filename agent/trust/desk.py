@@ -53,6 +53,8 @@ class Desk:
         self._waiting: dict[str, _Waiting] = {}
         self._stopped = False
         self._tell: Callable[[], None] = lambda: None
+        #: How often what was brought, and taken, turned out not to be believed.
+        self.doubts = 0
 
     def watch(self, tell: Callable[[], None]) -> None:
         """``tell`` is called, from any thread, whenever other things are wanted than before. It must not block."""
@@ -93,6 +95,11 @@ class Desk:
             raise
         finally:
             file.close()
+
+    def doubt(self) -> None:
+        """What was brought last is not believed, though it could not be told from its bytes: others may have better."""
+        self.doubts += 1
+        self._tell()
 
     @contextmanager
     def _waiting_for(self, want: Want, landing: Landing) -> Iterator[_Waiting]:

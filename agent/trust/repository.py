@@ -13,9 +13,10 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from tuf.api.exceptions import (
@@ -79,11 +80,12 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A file that the repository vouches for: length in bytes, SHA-256 in hex."""
+    """A file that the repository vouches for: length in bytes, SHA-256 in hex; ``custom`` is signed with it."""
 
     path: str
     length: int
     sha256: str
+    custom: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @property
     def file(self) -> str:
@@ -315,7 +317,8 @@ def _target(info: TargetFile) -> Target:
     sha256 = info.hashes.get("sha256")
     if sha256 is None or len(sha256) != hashlib.sha256().digest_size * 2 or set(sha256) - set("0123456789abcdef"):
         raise DeliveryError("malformed", f"{info.path} is listed without a SHA-256")
-    return Target(info.path, info.length, sha256)
+    custom = info.custom
+    return Target(info.path, info.length, sha256, custom if isinstance(custom, dict) else None)
 
 
 def _keys_of(root: Root, role: str) -> str:

@@ -203,6 +203,8 @@ class Reported(_Addressed):
     jobs: dict[str, JsonValue]
     maintenance: list[dict[str, JsonValue]]
     refused: dict[str, int]
+    #: The release that runs, the one before, and how the last update went.
+    agent: dict[str, JsonValue] | None = None
 
 
 class Announcement(_Message):

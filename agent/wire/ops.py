@@ -47,6 +47,7 @@ _ROWS = (
     Op("cache.flush", "change"),
     Op("bench.run", "change"),
     Op("maintenance.plan", "change"),
+    Op("agent.update", "change"),
     Op("agent.restart", "change", "rescue"),
     Op("device.reboot", "change", "rescue"),
 )

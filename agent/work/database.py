@@ -1,5 +1,8 @@
 """One SQLite file that survives kills and power cuts: opening, versions, transactions, errors that say who must act.
 
+A later version may have written it: the one that took over for a while and then gave way again. Where that one says, in
+``application_id``, that this version may go on, it does, and passes over what it does not know (docs/spec/jobs.md 5).
+
 Invariants: what ``write`` has left is on the disk (WAL, synchronous=FULL) unless it was asked to be lax, when it is on
 the disk with the next that was not; under its name the file is never half made; one process has it at a time; another
 user's file, or one that others could open, is not read. Any thread may call: a lock lets one in at a time.
@@ -67,7 +70,7 @@ class Database:
             try:
                 _require_sound(connection)
                 self._carry_over(connection)
-                _require_tables(connection, self._versions)
+                _require_tables(connection, self._versions, later=_number(connection, "user_version"))
             except BaseException:
                 connection.close()
                 raise
@@ -138,9 +141,9 @@ class Database:
             self._lax = lax
 
     def _carry_over(self, connection: sqlite3.Connection, first: tuple[str, Sequence[Any]] | None = None) -> None:
-        version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        version, oldest = _number(connection, "user_version"), _number(connection, "application_id")
         known = len(self._versions)
-        if version > known:
+        if version > known and not 0 < oldest <= known:
             raise UnsupportedError(
                 f"cannot open the job journal: {self.path} is of version {version}, this agent knows up to {known}",
                 hint="run the agent that wrote it; 'edge-agent jobs reset' moves the journal aside",
@@ -198,16 +201,38 @@ def _require_sound(connection: sqlite3.Connection) -> None:
         raise sqlite3.DatabaseError(str(found).splitlines()[-1])
 
 
-def _require_tables(connection: sqlite3.Connection, versions: Sequence[Sequence[str]]) -> None:
-    """A damaged page may still read as tables, of other columns: those that there must be, and no others."""
+def _number(connection: sqlite3.Connection, pragma: str) -> int:
+    return int(connection.execute(f"PRAGMA {pragma}").fetchone()[0])
+
+
+def _require_tables(connection: sqlite3.Connection, versions: Sequence[Sequence[str]], later: int) -> None:
+    """A damaged page may still read as tables, of other columns: those that there must be, and no others.
+
+    In a file of a ``later`` version there may be more: tables, and columns that need not be written.
+    """
     told = "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name"
     with contextlib.closing(sqlite3.connect(":memory:")) as fresh:
         for version in versions:
             for statement in version:
                 fresh.execute(statement)
-        expected = fresh.execute(told).fetchall()
-    if [tuple(row) for row in connection.execute(told)] != expected:
+        expected = [tuple(row) for row in fresh.execute(told)]
+        columns = {name: _columns(fresh, name) for kind, name, *_ in expected if kind == "table"}
+    if later > len(versions):
+        fits = all(_covers(_columns(connection, name), known) for name, known in columns.items())
+    else:
+        fits = [tuple(row) for row in connection.execute(told)] == expected
+    if not fits:
         raise sqlite3.DatabaseError("its tables are not those of a job journal")
+
+
+def _columns(connection: sqlite3.Connection, table: str) -> dict[str, tuple[Any, ...]]:
+    """Type, whether it must be given, default and place in the key of each column (sqlite.org/pragma, table_info)."""
+    return {row[1]: tuple(row[2:6]) for row in connection.execute("SELECT * FROM pragma_table_info(?)", (table,))}
+
+
+def _covers(found: dict[str, tuple[Any, ...]], known: dict[str, tuple[Any, ...]]) -> bool:
+    more = [row for name, row in found.items() if name not in known]
+    return {name: found.get(name) for name in known} == known and not any(row[1] and row[2] is None for row in more)
 
 
 def _trouble(error: sqlite3.Error, what: str, path: Path) -> AgentError:

@@ -1,7 +1,8 @@
 """The journal's tables, as the steps from one version to the next (docs/spec/jobs.md 5). Pure.
 
 A version that was released is never changed: what comes later is a step of its own, and a journal of any earlier
-version is carried over when it is opened.
+version is carried over when it is opened. A step that only adds (tables, columns with a default) MUST end with ``PRAGMA
+application_id = N``, N the oldest version that may still use the file: so an update of the agent can be taken back.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Refusals:
                 return
             with self._db.write("count refused documents", durable=False) as db:
                 db.executemany(
-                    "INSERT INTO refusals VALUES (?, ?) "
+                    "INSERT INTO refusals (code, count) VALUES (?, ?) "
                     "ON CONFLICT (code) DO UPDATE SET count = count + excluded.count",
                     list(self._fresh.items()),
                 )
@@ -124,4 +124,4 @@ class Facts:
             if value is None:
                 db.execute("DELETE FROM facts WHERE name = ?", (name,))
             else:
-                db.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, value))
+                db.execute("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, value))

@@ -113,20 +113,20 @@ def test_sigterm_drains_and_ends_with_status_0_and_prints_nothing(agent):
 
 def test_a_request_under_way_is_answered_during_the_stop(running):
     path = running.folder / "heavy.onnx"
-    path.write_bytes(onnx_models.heavy(side=1024, layers=48))
+    path.write_bytes(onnx_models.heavy(side=1024, layers=12))
     running.cli("models", "add", path)
     answers = []
 
     def ask():
         with running.client() as client:
-            answers.append(client.infer("heavy", {"x": np.ones((256, 1024), np.float32)})["y"].shape)
+            answers.append(client.infer("heavy", {"x": np.ones((2048, 1024), np.float32)})["y"].shape)
 
     asking = threading.Thread(target=ask)
     asking.start()
     time.sleep(0.15)
     assert running.stop() == 0
     asking.join()
-    assert answers == [(256, 1024)]
+    assert answers == [(2048, 1024)]
 
 
 def test_a_bundle_is_tried_the_wrong_variant_rejected_and_the_story_told(running):

@@ -197,6 +197,13 @@ BAD_ARGS = {
     "store.gc": ({"x": None},),
     "store.scrub": ({"x": {}},),
     "store.rotate-key": ({"key": "mine"},),
+    "agent.update": (
+        {},
+        {"version": 1},
+        {"version": "1.0"},
+        {"version": "1.0.0/../x"},
+        {"version": "1.0.0", "now": True},
+    ),
     "agent.restart": ({"now": True},),
     "device.reboot": ({"now": True},),
 }

@@ -24,7 +24,14 @@ class Site:
 
     def __init__(self) -> None:
         self.told: list[bool] = []
-        self.watching = Watching(lambda watch: self.told.append(watch is not None))
+        self.held = 0
+        self.watching = Watching(lambda watch: self.told.append(watch is not None), self.hold, self.let_go)
+
+    def hold(self) -> None:
+        self.held = 1
+
+    def let_go(self) -> None:
+        self.held = 0
 
 
 @pytest.fixture
@@ -101,3 +108,33 @@ def test_when_requests_ran(site: Site) -> None:
     assert watching.spans(end + 1, end + 2) == []
     watching.measure(on=False)
     assert watching.spans(begin, end) == []
+
+
+def test_whoever_gives_way_is_told_when_requests_come_and_when_none_is_left(site: Site) -> None:
+    site.watching.began(1)
+    assert not site.held, "nobody gives way"
+    site.watching.give_way(on=True)
+    site.watching.began(2)
+    site.watching.began(3)
+    site.watching.ended(2)
+    assert site.held
+    site.watching.ended(3)
+    site.watching.ended(3)
+    assert not site.held
+    site.watching.began(4)
+    site.watching.measure(on=True)
+    site.watching.give_way(on=False)
+    assert not site.held
+    site.watching.ended(4)
+    assert len(site.watching.spans(0.0, time.perf_counter())) == 1
+    assert site.told[-1]
+    site.watching.measure(on=False)
+    assert not site.told[-1]
+
+
+def test_a_request_that_ended_without_a_word_holds_nobody_for_ever(site: Site) -> None:
+    site.watching.give_way(on=True)
+    site.watching.began(time.perf_counter_ns() - 10**12)
+    assert site.held
+    site.watching.spans(0.0, 1.0)
+    assert not site.held

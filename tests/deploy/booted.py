@@ -73,8 +73,9 @@ def state() -> dict[str, int]:
 class Asking(threading.Thread):
     """Asks for answers all the time, each on a connection of its own, and counts those that fail."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "linear") -> None:
         super().__init__(daemon=True)
+        self.path = f"/v2/models/{model}/infer"
         self.answers, self.failures, self.longest = 0, [], 0.0
         self.done = threading.Event()
 
@@ -90,7 +91,7 @@ class Asking(threading.Thread):
                 connection.sock = socket.socket(socket.AF_UNIX)
                 connection.sock.settimeout(60)
                 connection.sock.connect("/run/edge-agent/infer.sock")
-                connection.request("POST", "/v2/models/linear/infer", body, {"Connection": "close"})
+                connection.request("POST", self.path, body, {"Connection": "close"})
                 answer = connection.getresponse()
                 if answer.status != 200:
                     self.failures.append(f"{answer.status} {answer.read()[:200]!r}")
@@ -170,6 +171,64 @@ def package() -> None:
     seen["users after purge"] = [line for line in Path("/etc/passwd").read_text().split() if "edge-agent" in line]
 
 
+def update() -> None:
+    """A release by a job of the fleet, under a client; then one that dies where it is needed."""
+    run("rm", "-rf", "/var/lib/edge-agent", "/var/lib/edge-agent-link")
+    etc = Path("/etc/edge-agent")
+    etc.mkdir(parents=True, exist_ok=True)
+    for name in ("trust.toml", "root.json"):
+        run("install", "-m", "644", HERE / name, etc)
+    (etc / "config.toml").write_text("[update]\nsettle_s = 3\nwithin_s = 120\n[clock]\ntrust = 'always'\n")
+    seen["install"] = install("wheels-0.3.0")
+    seen["added"] = agent("models", "add", str(HERE / "m.edgemodel"))
+    seen["answer"] = agent("infer", "m", "-i", f"x={HERE / 'x.json'}")["json"]
+    asking = Asking("m")
+    asking.start()
+    seen["good"] = given("0.3.1", "j1")
+    asking.done.set()
+    asking.join()
+    seen["asked"] = [asking.answers, asking.failures, asking.longest]
+    seen["status after good"] = agent("status")["json"]
+    seen["links after good"] = links()
+    seen["doctor"] = agent("doctor")["json"]
+    levels = ("ok", "note", "warning", "error")
+    seen["doctor after good"] = max(levels.index(row["level"]) for row in seen["doctor"]["findings"])
+    seen["bad"] = given("0.3.2", "j2")
+    for _ in range(60):  # the job ends with root's word, and root goes on tidying up
+        if not Path("/opt/edge-agent/update/pending").exists() and states() == ["active"] * 4:
+            break
+        time.sleep(1)
+    seen["status after bad"] = agent("status")["json"]
+    seen["links after bad"] = links()
+    seen["states"] = states()
+    seen["environments"] = sorted(path.parent.name for path in Path("/opt/edge-agent").glob("[0-9]*/pyvenv.cfg"))
+    seen["answer after bad"] = agent("infer", "m", "-i", f"x={HERE / 'x.json'}")["json"]
+    seen["security"] = run("systemd-analyze", "security", "--no-pager", "edge-agent-update.service")["out"]
+
+
+def given(version: str, job_id: str) -> object:
+    """Bring a release on a stick with its job, and wait for the job's end; core restarts meanwhile."""
+    stick = Path("/run/stick")
+    run("rm", "-rf", stick)
+    run("cp", "-r", HERE / "site", stick)
+    run("cp", HERE / f"job-{version}.json", stick / "job.json")
+    seen[f"deliver {version}"] = agent("deliver", str(stick))
+    last: object = None
+    for _ in range(150):
+        shown = agent("jobs", "show", job_id)["json"]
+        if shown is not None:
+            last = shown
+            if shown["state"] in ("succeeded", "failed", "rejected", "cancelled"):
+                break
+        time.sleep(1)
+    seen[f"updater {version}"] = run("journalctl", "--no-pager", "-o", "cat", "-u", "edge-agent-update.service")["out"]
+    return last
+
+
+def links() -> list[str]:
+    return [os.readlink(f"/opt/edge-agent/{name}") for name in ("current", "previous", "steady")]
+
+
 def package_agent(*arguments: str) -> dict[str, object]:
     answer = run("/usr/bin/edge-agent", *arguments, "--json")
     answer["json"] = json.loads(str(answer["out"])) if answer["out"] else None
@@ -192,7 +251,7 @@ def damage() -> None:
 
 if __name__ == "__main__":
     try:
-        {"service": service, "package": package}[sys.argv[1]]()
+        {"service": service, "package": package, "update": update}[sys.argv[1]]()
     finally:
         units = [option for unit in UNITS for option in ("-u", unit)]
         seen["journal"] = run("journalctl", "--no-pager", *units)["out"]

@@ -40,7 +40,7 @@ def copy_source(folder: Path) -> Path:
     for name in ("agent", "hw_profiles", "systemd"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     (folder / "deploy").mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE", "deploy/config.toml"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "deploy/config.toml", "deploy/install.sh"):
         shutil.copy(ROOT / name, folder / name)
     return folder
 
@@ -123,7 +123,7 @@ def small_wheelhouse(tmp_path: Path) -> Path:
     folder = tmp_path / "wheels"
     folder.mkdir()
     with zipfile.ZipFile(folder / "edge_agent-9.9.9-py3-none-any.whl", "w") as wheel:
-        for path in [*(ROOT / "systemd").iterdir(), ROOT / "deploy/config.toml"]:
+        for path in [*(ROOT / "systemd").iterdir(), ROOT / "deploy/config.toml", INSTALL]:
             inside = f"systemd/{path.name}" if path.parent.name == "systemd" else path.name
             wheel.writestr(f"edge_agent-9.9.9.data/data/share/edge-agent/{inside}", path.read_bytes())
     return folder

@@ -124,7 +124,7 @@ def test_a_daemon_answers_what_the_document_says(caller: Caller, model_file: int
     ask("GET", "/v1/store")
     assert ask("POST", "/v1/store/verify")["ok"]
     ask("POST", "/v1/store/gc")
-    ask("POST", "/v1/store/rotate-key")
+    ask("POST", "/v1/store/rotate-key", {"to_file": True})
     assert ask("GET", "/v1/jobs") == {"jobs": []}
     assert "no fleet" in ask("GET", "/v1/jobs/{id}", id="x")["error"]
     assert "no fleet" in ask("POST", "/v1/jobs/reset")["error"]

@@ -83,7 +83,7 @@ def test_a_deadline_ends_the_run_and_gives_its_thread_back():
         await answer(engine, "loop", count(1))
         with pytest.raises(DeadlineError):
             await answer(engine, "loop", count(EVER), deadline=soon(0.2))
-        await until(lambda: not engine._halts)
+        await until(lambda: not engine._running.halts)
         await answer(engine, "m")
 
     drive(story, workers=1)
@@ -94,9 +94,9 @@ def test_a_caller_that_has_gone_takes_its_run_along():
         engine.put(shelf(loops()))
         await answer(engine, "loop", count(1))
         under_way = asyncio.ensure_future(answer(engine, "loop", count(EVER)))
-        await until(lambda: engine._halts)
+        await until(lambda: engine._running.halts)
         under_way.cancel()
-        await until(lambda: not engine._halts)
+        await until(lambda: not engine._running.halts)
 
     drive(story)
 
@@ -107,7 +107,7 @@ def test_one_models_endless_runs_and_long_queue_do_not_hold_up_another():
         await answer(engine, "loop", count(1))
         await answer(engine, "m")
         hogs = [asyncio.ensure_future(answer(engine, "loop", count(EVER), deadline=soon(30))) for _ in range(8)]
-        await until(lambda: engine._halts)
+        await until(lambda: engine._running.halts)
         for _ in range(3):
             await answer(engine, "m", deadline=soon(10))
         assert not any(hog.done() for hog in hogs)
@@ -123,7 +123,7 @@ def test_the_stop_ends_runs_that_would_go_on_for_ever():
         engine.put(shelf(loops()))
         await answer(engine, "loop", count(1))
         hogs = [asyncio.ensure_future(answer(engine, "loop", count(EVER))) for _ in range(3)]
-        await until(lambda: engine._halts)
+        await until(lambda: engine._running.halts)
         assert await engine.close()
         for hog in hogs:
             with pytest.raises((DeadlineError, asyncio.CancelledError)):

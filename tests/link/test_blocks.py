@@ -33,6 +33,7 @@ class Air:
         self.given = 0
         self.most_waiting = 0
         self._lock = threading.Lock()
+        self._over = False
         self._giver = Giver(folder, "acme", self)
         self.site: Site
 
@@ -44,10 +45,17 @@ class Air:
 
     def _answer(self, payload: bytes) -> None:
         with self._lock:
+            if self._over:
+                return
             self.asked.append(payload)
             self._giver.hear(UP, payload)
             while self._giver.waiting:
                 self._giver.give()
+
+    def end(self) -> None:
+        """Nothing arrives any more."""
+        with self._lock:
+            self._over = True
 
     def receive(self, timeout_s: float) -> list[Received]:
         return []
@@ -75,6 +83,7 @@ def air(short_dir: Path, repository: Path) -> Iterator[Air]:
     with Site(short_dir, made.say, longest_s=0.5) as site:
         made.site = site
         yield made
+        made.end()
 
 
 def fetch(air: Air, folder: Path, **changed: object) -> BaseException | None:

@@ -69,7 +69,7 @@ def test_what_is_set_lies_over_the_file() -> None:
 
 @pytest.mark.parametrize("section", sorted(set(Config.model_fields) - REMOTE))
 def test_what_is_the_integrators_alone(section: str) -> None:
-    assert section in ("store", "trust", "sockets")
+    assert section in ("store", "trust", "sockets", "update")
     with pytest.raises(PeerError, match=f"cannot set '{section}' from afar") as refused:
         effective(Config(), {section: {}})
     assert "telemetry" in refused.value.hint

@@ -235,6 +235,21 @@ def test_wrong_bytes_of_one_mirror_where_another_has_the_right_ones(device: Devi
     assert device.models() == {NAME: ("2.0.0", ["1.0.0", "2.0.0"])} and device.left_behind() == []
 
 
+@pytest.mark.parametrize("name", ["timestamp.json", "snapshot.json", "models.json"])
+def test_metadata_of_one_mirror_that_nobody_believes_where_another_has_the_right_one(
+    device: Device, operator: Operator, name: str
+) -> None:
+    def first_mirror(path: str, data: bytes | None) -> bytes | None:
+        hostile = path.startswith("metadata/") and path.endswith(name) and not device.mirror.desk.doubts
+        return b"{}" if hostile else data
+
+    device.mirror.site = operator.site
+    device.mirror.tamper = first_mirror
+    install(device, operator, "2.0.0")
+    assert device.models() == {NAME: ("2.0.0", ["1.0.0", "2.0.0"])}
+    assert device.mirror.desk.doubts == 1
+
+
 def test_a_payload_swapped_in_the_metadata(device: Device, operator: Operator, site: Path) -> None:
     """With every key of the repository: the job's grant is for the payload that the operator granted."""
 

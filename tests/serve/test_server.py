@@ -307,6 +307,22 @@ def test_what_has_arrived_is_under_way(short_dir: Path, uvloop: bool) -> None:
             assert (status, fields["connection"]) == (200, "close")
 
 
+def test_who_has_just_connected_is_still_answered(short_dir: Path, uvloop: bool) -> None:
+    """Accepted a moment before the stop: its request is on its way."""
+    running, _ = serving(short_dir / "s", uvloop=uvloop)
+    with running, connect(running.path) as new, connect(running.path) as silent:
+        running.until(lambda: running.server.ledger.connections == 2)
+
+        async def send_and_drain() -> bool:
+            running.loop.call_later(0.01, new.sendall, INFER)
+            return await running.server.drain(30)
+
+        assert running.run(send_and_drain()) is True
+        status, fields, _ = answer(new)
+        assert (status, fields["connection"]) == (200, "close")
+        assert at_end(silent)
+
+
 def test_draining_ends_at_its_timeout(short_dir: Path) -> None:
     running, models = serving(short_dir / "s")
     with running, connect(running.path) as busy:

@@ -157,7 +157,7 @@ def test_a_credential_rotates_with_the_integrators_help(tmp_path: Path) -> None:
 
     with opened() as store:
         (ref,) = install(store, "digits", "1.0.0", {"m.onnx": b"weights"})
-        with pytest.raises(UnsupportedError, match="integrator") as caught:
+        with pytest.raises(UnsupportedError, match="only root") as caught:
             store.rotate_key()
         assert CREDENTIAL_NEXT in caught.value.hint
     credential(creds, CREDENTIAL_NEXT, b"2" * 32)
@@ -169,6 +169,34 @@ def test_a_credential_rotates_with_the_integrators_help(tmp_path: Path) -> None:
     with opened() as store:
         assert plain(store, ref) == b"weights"
         assert store.secret.key_id == first.new_key and store.doctor() == ()
+
+
+def test_a_credential_gives_way_to_a_file_where_that_is_wanted(tmp_path: Path) -> None:
+    creds = tmp_path / "creds"
+    credential(creds, NAME, b"1" * 32)
+    with Store(tmp_path / "store", DeviceKeys(tmp_path / "keys", creds), MIB) as store:
+        (ref,) = install(store, "digits", "1.0.0", {"m.onnx": b"weights"})
+        report = store.rotate_key(to_file=True)
+        assert NAME in report.action
+        assert store.secret.weak and plain(store, ref) == b"weights"
+    with Store(tmp_path / "store", DeviceKeys(tmp_path / "keys"), MIB) as store:
+        assert store.secret.key_id == report.new_key and plain(store, ref) == b"weights"
+
+
+def test_a_move_to_a_credential_that_was_cut_off_before_the_file_went_is_finished(tmp_path: Path) -> None:
+    with Store(tmp_path / "store", DeviceKeys(tmp_path / "keys"), MIB) as store:
+        (ref,) = install(store, "digits", "1.0.0", {"m.onnx": b"weights"})
+    left = (tmp_path / "keys" / NAME).read_bytes()
+    credential(tmp_path / "creds", NAME, b"1" * 32)
+    with Store(tmp_path / "store", DeviceKeys(tmp_path / "keys", tmp_path / "creds"), MIB) as store:
+        moved = store.rotate_key().new_key
+        (tmp_path / "keys" / NAME).write_bytes(left)
+        (tmp_path / "keys" / NAME).chmod(0o600)
+    with Store(tmp_path / "store", DeviceKeys(tmp_path / "keys", tmp_path / "creds"), MIB) as store:
+        report = store.rotate_key()
+        assert (report.old_key, report.new_key, report.headers) == (moved, moved, 0)
+        assert plain(store, ref) == b"weights" and store.doctor() == ()
+    assert list((tmp_path / "keys").iterdir()) == []
 
 
 def test_rotation_waits_for_blobs_under_way(tmp_path: Path) -> None:

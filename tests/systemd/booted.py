@@ -10,8 +10,10 @@ import http.client
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -136,9 +138,126 @@ def sealed() -> None:
     seen["start with nothing"] = run("systemctl", "restart", "edge-agent-core.service")
 
 
+# -- moving the secret between TPM, host key and file -----------------------------------------------------------------
+
+TPM = "swtpm:host=127.0.0.1,port=2331"
+_TRANSIENT, _SESSIONS, _STARTUP = 0x80000000, 0x02000000, b"\0\0\x01\x44"
+
+
+class ResourceManager(threading.Thread):
+    """What the kernel does behind /dev/tpmrm0, and systemd counts on: nothing stays loaded of a caller that has ended.
+
+    Each command comes on a connection of its own, and each caller begins with a Startup. One caller at a time.
+    Commands are TPM 2.0's own (part 3: Startup, GetCapability, FlushContext).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._listener = socket.create_server(("127.0.0.1", 2331))
+
+    def run(self) -> None:
+        while True:
+            caller, _ = self._listener.accept()
+            with caller, socket.create_connection(("127.0.0.1", 2321)) as tpm:
+                try:
+                    while (command := receive(caller)) is not None:
+                        if command[6:10] == _STARTUP:
+                            for first in (_TRANSIENT, _SESSIONS):
+                                self._flush(tpm, first)
+                        caller.sendall(exchange(tpm, command))
+                except OSError:
+                    pass
+
+    def _flush(self, tpm: socket.socket, first: int) -> None:
+        answer = exchange(tpm, struct.pack(">HIIIII", 0x8001, 22, 0x17A, 1, first, 64))
+        count = struct.unpack(">I", answer[15:19])[0]
+        for handle in struct.unpack(f">{count}I", answer[19 : 19 + 4 * count]):
+            exchange(tpm, struct.pack(">HIII", 0x8001, 14, 0x165, handle))
+
+
+def receive(connection: socket.socket) -> bytes | None:
+    """One command or answer: tag, length in all, the rest."""
+    data = b""
+    while len(data) < 6 or len(data) < struct.unpack(">I", data[2:6])[0]:
+        part = connection.recv(4096)
+        if not part:
+            return None
+        data += part
+    return data
+
+
+def exchange(tpm: socket.socket, command: bytes) -> bytes:
+    tpm.sendall(command)
+    answer = receive(tpm)
+    if answer is None:
+        raise ConnectionError
+    return answer
+
+
+def power_on_tpm(state: str) -> dict[str, object]:
+    """A TPM in software. One with another ``state`` is a TPM that was cleared, or another machine's."""
+    Path(state).mkdir(exist_ok=True)
+    places = ("--server", "type=tcp,port=2321", "--ctrl", "type=tcp,port=2332")
+    options = ("--flags", "not-need-init,startup-clear", "--daemon", "--pid", f"file={state}.pid")
+    return run("swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", *places, *options)
+
+
+def payloads() -> dict[str, list[int]]:
+    """Of each blob: which file, and when it was written."""
+    found = {}
+    for path in sorted(Path("/var/lib/edge-agent/store/blobs").iterdir()):
+        if path.suffix != ".header":
+            found[path.name] = [path.stat().st_ino, path.stat().st_mtime_ns]
+    return found
+
+
+def place(answer: bool = True) -> dict[str, object]:
+    """How things are once the device has been restarted, as far as a container can be."""
+    started = run("systemctl", "restart", "edge-agent-core.service")
+    status = agent("status")["json"] or {}
+    return {
+        "start": started["rc"],
+        "place": status.get("key_place"),
+        "answer": infer()[0] if answer else None,
+        "payloads": payloads(),
+        "credentials": sorted(path.name for path in Path("/etc/credstore.encrypted").glob("*")),
+        "secrets beside the store": sorted(path.name for path in Path("/var/lib/edge-agent/keys").glob("*")),
+        "mode": oct(Path("/etc/credstore.encrypted").stat().st_mode & 0o777),
+    }
+
+
+def moved() -> None:
+    """File to TPM to host key and back, then a TPM that has forgotten everything."""
+    os.environ["SYSTEMD_TPM2_DEVICE"] = TPM
+    seen["tpm"] = power_on_tpm("/run/tpm")
+    ResourceManager().start()
+    seen["added"] = agent("models", "add", str(OUT / "linear.onnx"))
+    seen["begun"] = place()
+    seen["foreseen"] = agent("seal", "--to", "tpm2", "--dry-run")
+    seen["after the dry run"] = place()
+    for step, options in (
+        ("tpm2", ("--to", "tpm2")), ("again", ("--to", "tpm2")), ("host", ("--to", "host")),
+        ("file", ("--to", "file")), ("tpm2 once more", ("--to", "tpm2")), ("anew", ("--to", "tpm2", "--rotate")),
+    ):  # fmt: skip
+        seen[f"seal {step}"] = agent("seal", *options)
+        seen[f"placed {step}"] = place()
+    seen["refused"] = run(AGENT, "seal", "--start-over")
+    run("swtpm_ioctl", "--tcp", "127.0.0.1:2332", "-s")
+    seen["other tpm"] = power_on_tpm("/run/other-tpm")
+    seen["start without"] = run("systemctl", "restart", "edge-agent-core.service")
+    seen["journal of the loss"] = run("journalctl", "--no-pager", "-u", "edge-agent-core.service")["out"]
+    seen["doctor of the loss"] = agent("doctor")
+    seen["seal without"] = run(AGENT, "seal", "--to", "host")
+    seen["start over"] = agent("seal", "--start-over", "--to", "host")
+    seen["after"] = place(answer=False)
+    seen["aside"] = sorted(path.name for path in Path("/var/lib/edge-agent").iterdir())
+    seen["added again"] = agent("models", "add", str(OUT / "linear.onnx"))
+    seen["answer again"] = infer()[0]
+
+
 if __name__ == "__main__":
     try:
-        {"serving": serving, "sealed": sealed}[sys.argv[1]]()
+        {"serving": serving, "sealed": sealed, "moved": moved}[sys.argv[1]]()
     finally:
         seen["journal"] = run("journalctl", "--no-pager", "-u", "edge-agent-core.service")["out"]
         (OUT / "result.json").write_text(json.dumps(seen, default=str))

@@ -42,7 +42,13 @@ def machine(tmp_path: Path) -> Path:
     for path in UNITS.iterdir():
         shutil.copy(path, installed)
     shutil.copytree(SYSTEM_UNITS, tmp_path / "usr/lib/systemd/system", symlinks=True)
-    for program in ("bin/sh", "bin/rm", "bin/systemctl", "opt/edge-agent/current/bin/edge-agent"):
+    for program in (
+        "bin/sh",
+        "bin/rm",
+        "bin/systemctl",
+        "opt/edge-agent/current/bin/edge-agent",
+        "opt/edge-agent/update/candidate/bin/python",
+    ):
         path = tmp_path / program
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("#!/bin/sh\n")

@@ -21,6 +21,7 @@ import pytest
 
 from agent.infer.landlock import abi_version
 from tests import onnx_models, tflite_models
+from tests.systemd.booted import TPM
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = ROOT / "systemd"
@@ -71,7 +72,7 @@ def _why_not() -> str:
 
 
 @pytest.fixture
-def boot(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+def boot(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Boot, let the story of that name happen, power off; what it saw."""
     if reason := _why_not():
         pytest.skip(reason)
@@ -83,9 +84,9 @@ def boot(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     # Core runs as another user there: whatever our umask is, it must be able to read its program.
     subprocess.run(["chmod", "-R", "a+rX", str(installed)], check=True)
 
-    def start(story: str) -> dict[str, Any]:
+    def start(story: str, *options: str) -> dict[str, Any]:
         (tmp_path / "story.service").write_text(STORY.format(story=story))
-        console = _boot(tmp_path)
+        console = _boot(tmp_path, *options)
         result = out / "result.json"
         if not result.exists():
             if "systemd" not in console[:4000] or "Welcome to" not in console:
@@ -112,7 +113,7 @@ def _install(prefix: Path) -> None:
     shutil.copytree(ROOT / "agent", prefix / "src/agent", ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def _boot(tmp_path: Path) -> str:
+def _boot(tmp_path: Path, *options: str) -> str:
     binds = [f"--bind-ro={path}:{PLACES[path.suffix].format(name=path.name)}" for path in UNITS.iterdir()]
     binds += [
         f"--bind-ro={tmp_path / 'opt'}:/opt/edge-agent",
@@ -125,7 +126,7 @@ def _boot(tmp_path: Path) -> str:
     command = [
         "systemd-nspawn", "--quiet", "--directory=/", "--volatile=yes", f"--machine=ea-{os.getpid()}",
         "--register=no", "--keep-unit", "--private-network", f"--system-call-filter={FILTER}",
-        *binds, "--boot", "--", "--unit=story.service",
+        *binds, *options, "--boot", "--", "--unit=story.service",
     ]  # fmt: skip
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -183,3 +184,47 @@ def test_a_sealed_secret_is_used_and_one_sealed_with_nothing_refused(boot: Calla
     assert not [path for path, _, _ in seen["files"] if "device-secret" in path], "no copy of it on the disk"
     assert seen["start with nothing"]["rc"] != 0
     assert "sealed with an empty key" in seen["journal"]
+
+
+def test_the_secret_moves_between_tpm_host_key_and_file_and_a_cleared_tpm_has_a_way_back(
+    boot: Callable[..., dict[str, Any]],
+) -> None:
+    for tool in ("swtpm", "swtpm_ioctl"):
+        if not shutil.which(tool):
+            pytest.skip(f"{tool} is not installed (packages swtpm, swtpm-tools, tpm2-tools, libtss2-tcti-swtpm0)")
+    # The service manager opens credentials before core's own namespace begins: it reaches the TPM of the container.
+    seen = boot("moved", f"--setenv=SYSTEMD_TPM2_DEVICE={TPM}")
+    assert seen["tpm"]["rc"] == 0, seen["tpm"]
+    assert seen["added"]["rc"] == 0, (seen["added"], seen["journal"])
+    if "TPM2 support not available" in str(seen["seal tpm2"]["err"]):
+        pytest.skip(f"systemd-creds has no TPM libraries here: {seen['seal tpm2']['err']}")
+    begun = seen["begun"]
+    assert (begun["place"], begun["secrets beside the store"]) == ("file", ["device-secret"])
+    assert seen["foreseen"]["json"]["done"] is False and seen["after the dry run"] == begun
+    ways = (
+        ("tpm2", "tpm2"), ("again", "tpm2"), ("host", "host"), ("file", "file"), ("tpm2 once more", "tpm2"),
+        ("anew", "tpm2"),
+    )  # fmt: skip
+    for step, place in ways:
+        assert seen[f"seal {step}"]["rc"] == 0, (step, seen[f"seal {step}"], seen["journal"])
+        placed = seen[f"placed {step}"]
+        assert (placed["start"], placed["place"], placed["answer"]) == (0, place, 200), (step, placed, seen["journal"])
+        assert placed["payloads"] == begun["payloads"], "payloads are the same files"
+        assert placed["credentials"] == ([] if place == "file" else ["device-secret"])
+        assert placed["secrets beside the store"] == (["device-secret"] if place == "file" else [])
+        assert placed["mode"] == "0o700"
+    assert seen["seal tpm2"]["json"]["moves"] == seen["foreseen"]["json"]["moves"]
+    assert seen["seal again"]["json"]["moves"] == []
+    assert seen["refused"]["rc"] == 1 and "nothing is lost" in str(seen["refused"]["err"])
+    # The TPM has forgotten: core does not start, and says why and what mends it.
+    assert seen["start without"]["rc"] != 0
+    assert "cannot open /etc/credstore.encrypted/device-secret" in seen["journal of the loss"]
+    lost = [row for row in seen["doctor of the loss"]["json"]["findings"] if row["check"] == "credential"]
+    assert lost[0]["level"] == "error" and "--start-over" in lost[0]["mend"], seen["doctor of the loss"]
+    assert "--start-over" in str(seen["seal without"]["err"])
+    # The way back: a store of its own, the old one aside, the same model added again.
+    assert seen["start over"]["rc"] == 0, (seen["start over"], seen["journal"])
+    assert (seen["after"]["start"], seen["after"]["place"]) == (0, "host")
+    assert seen["after"]["credentials"] == ["device-secret", "lost-device-secret"]
+    assert "store.lost" in seen["aside"] and "store" in seen["aside"]
+    assert seen["added again"]["rc"] == 0 and seen["answer again"] == 200

@@ -14,6 +14,9 @@ import pytest
 
 from agent.base.config import Config
 from agent.base.paths import Paths
+from agent.cli.credstore import FOLDER
+from agent.store.seals import MARKS, read_marks
+from agent.updater.ground import Ground
 from tests.systemd.conftest import UNITS, Unit
 
 CORE = "edge-agent-core.service"
@@ -21,9 +24,14 @@ SOCKETS = ("edge-agent-infer.socket", "edge-agent-admin.socket")
 LINK = "edge-agent-link.service"
 REBOOT = ("edge-agent-reboot.path", "edge-agent-reboot.service")
 DEVICE = "edge-agent-device.service"
-ALL = (CORE, LINK, *SOCKETS, *REBOOT, DEVICE, "edge-agent.target", "edgeagent.slice")
+SEAL = "edge-agent-seal.service"
+UPDATE = ("edge-agent-update.path", "edge-agent-update.service")
+TRY = "edge-agent-try.service"
+ALL = (CORE, LINK, *SOCKETS, *REBOOT, DEVICE, SEAL, *UPDATE, TRY, "edge-agent.target", "edgeagent.slice")
 BUDGET = 0.6
 LINK_BUDGET = 1.3
+#: It is root, and writes below /etc and /opt.
+UPDATER_BUDGET = 1.6
 
 analyzed = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
 Read = Callable[[str], Unit]
@@ -90,6 +98,13 @@ def test_core_is_exposed_no_more_than_agreed() -> None:
 
 
 @analyzed
+@pytest.mark.parametrize(("name", "budget"), [(UPDATE[1], UPDATER_BUDGET), (TRY, BUDGET)])
+def test_the_exposure_of_the_updater_and_of_its_trial_is_within_their_budgets(name: str, budget: float) -> None:
+    level, table = exposure(UNITS / name)
+    assert level <= budget, table
+
+
+@analyzed
 def test_the_exposure_of_link_is_within_its_budget(machine: Path) -> None:
     level, table = exposure(machine / "etc/systemd/system" / LINK)
     assert level <= LINK_BUDGET, table
@@ -117,6 +132,48 @@ def test_the_reboot_that_core_asks_for_is_seen(unit: Read) -> None:
     path, service = (unit(name) for name in REBOOT)
     assert path["PathExists"] == [str(Paths().state_dir / "reboot-requested")]
     assert service["ExecStart"][0].endswith(path["PathExists"][0]), "taken away before the machine goes down"
+
+
+def test_the_update_that_core_asks_for_is_seen_and_one_under_way_again_after_a_power_cut(unit: Read) -> None:
+    path, service = (unit(name) for name in UPDATE)
+    ground = Ground(Path("/"))
+    assert path["PathChanged"] == [str(Paths().update / "request.json")]
+    assert Paths().update.parent == ground.state_dir
+    assert path["PathExists"] == [str(ground.own / "pending")]
+    assert "readlink -f /opt/edge-agent/steady" in service["ExecStart"][0], "never what is on probation"
+    assert service["StartLimitIntervalSec"] == ["0"], "what is under way is brought to an end"
+    assert UPDATE[0] in " ".join(unit("edge-agent.target")["Wants"]).split()
+
+
+def test_the_updater_sees_no_key_and_no_network(unit: Read) -> None:
+    service = unit(UPDATE[1])
+    hidden = " ".join(service["InaccessiblePaths"]).replace("-/", "/").split()
+    for path in (
+        Paths().device_secret.parent,
+        Paths().state_dir / "store",
+        Paths().link_dir,
+        "/etc/credstore.encrypted",
+    ):
+        assert str(path) in hidden
+    assert not any(path.startswith("/var") for path in " ".join(service["ReadWritePaths"]).split())
+    assert service["PrivateNetwork"] == ["yes"] and service["RestrictAddressFamilies"] == ["AF_UNIX"]
+
+
+def test_a_release_is_tried_behind_cores_own_walls(unit: Read) -> None:
+    """Whatever the trial may do, core may: and less, since it has nothing that it could write to."""
+    core, trial = unit(CORE), unit(TRY)
+    own = {
+        "Description", "Type", "ExecStart", "StandardError", "TimeoutStartSec", "KillMode", "CPUWeight", "IOWeight",
+        "Nice", "OOMScoreAdjust",
+    }  # fmt: skip
+    cores = {
+        "Description", "Type", "ExecStart", "ExecStartPre", "ExecStopPost", "ExecReload", "Requires", "After", "PartOf",
+        "NotifyAccess", "StartLimitIntervalSec", "StartLimitBurst", "Restart", "RestartSec", "TimeoutStartSec",
+        "TimeoutStopSec", "KillMode", "WatchdogSec", "StateDirectory", "StateDirectoryMode", "CPUWeight", "IOWeight",
+    }  # fmt: skip
+    assert {key: value for key, value in trial.items() if key not in own} == {
+        key: value for key, value in core.items() if key not in cores
+    }
 
 
 def test_sockets_have_the_names_and_places_that_core_knows(unit: Read) -> None:
@@ -177,6 +234,7 @@ def guard(unit: Read, store: Path) -> subprocess.CompletedProcess[str]:
     """Run the guard as systemd would, with ``store`` in place of /etc."""
     (line,) = unit(CORE)["ExecStartPre"]
     script = line.removeprefix("+/bin/sh -c ").strip("'").replace("$$", "$").replace("/etc/", f"{store}/")
+    script = script.replace("/run/edge-agent/", f"{store}/")
     return subprocess.run(["/bin/sh", "-c", script], stderr=subprocess.PIPE, text=True, check=False)
 
 
@@ -199,8 +257,32 @@ def test_a_credential_sealed_with_an_empty_key_stops_the_start(unit: Read, tmp_p
     refused = guard(unit, tmp_path)
     assert refused.returncode == 1
     assert f"cannot use {store / name}: it is sealed with an empty key" in refused.stderr
+    assert not (tmp_path / MARKS).exists()
     (store / name).write_text("k6iUCUh0RJCQyvL8k8q1UyAAAAABAAAADAAAABAAAAA=")  # another type of key
     assert guard(unit, tmp_path).returncode == 0
+    assert read_marks(tmp_path) == {name: "tpm2"}
+
+
+def test_core_is_told_what_its_credentials_are_sealed_with(unit: Read, tmp_path: Path) -> None:
+    store = tmp_path / "credstore.encrypted"
+    store.mkdir()
+    assert guard(unit, tmp_path).returncode == 0
+    assert read_marks(tmp_path) == {}
+    (store / "device-secret-next").write_text("DHzAexF2RZGc\nSwvqCLwg/iAAAAABAAAADAAAABAAAAA=")
+    (store / "device-secret").write_text("Whxqht+dQJax1aZeCGLxmgAAAAABAAAADAAAABAAAAA=")
+    assert guard(unit, tmp_path).returncode == 0
+    assert read_marks(tmp_path) == {"device-secret": "host", "device-secret-next": "tpm2"}
+    assert (tmp_path / MARKS).stat().st_mode & 0o777 == 0o644, "core may read it"
+
+
+def test_the_first_start_seals_only_where_there_is_nothing_yet(unit: Read) -> None:
+    seal = unit(SEAL)
+    paths = Paths()
+    for path in (paths.state_dir / "store" / "CURRENT", paths.device_secret, Path("/", FOLDER, "device-secret")):
+        assert f"!{path}" in seal["ConditionPathExists"]
+    assert seal["Before"] == [CORE]
+    assert SEAL in " ".join(unit("edge-agent.target")["Wants"])
+    assert f"d /{FOLDER} 0700 root root -" in re.sub(" +", " ", (UNITS / "edge-agent.tmpfiles").read_text())
 
 
 # -- what the sandbox must leave possible -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.base.errors import UnsupportedError
+from agent.base.errors import DamagedError, UnsupportedError
 from agent.work.jobs import Ending, Failure, Refusal, WindowSpec
 from agent.work.journal import Journal
 from agent.work.runner import Runner
@@ -126,6 +126,70 @@ def test_killed_while_carrying_over(old: Path, clock: SimulatedClock) -> None:
         assert connection.execute("PRAGMA user_version").fetchone() == (1,)
     test_everything_is_there(old, clock)
     test_everything_is_there(old, clock)
+
+
+def later(path: Path, *statements: str, oldest: int = 0) -> None:
+    """What a release to come leaves behind; ``oldest``: which may go on with it."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {len(VERSIONS) + 1}")
+        connection.execute(f"PRAGMA application_id = {oldest}")
+        connection.commit()
+
+
+MORE = (
+    "ALTER TABLE jobs ADD COLUMN rung INTEGER NOT NULL DEFAULT 7",
+    "ALTER TABLE facts ADD COLUMN since TEXT",
+    "ALTER TABLE refusals ADD COLUMN last TEXT",
+    "CREATE TABLE bells (name TEXT PRIMARY KEY)",
+    "INSERT INTO bells VALUES ('door')",
+)
+
+
+def test_the_release_before_goes_on_with_what_a_later_one_only_added_to(old: Path, clock: SimulatedClock) -> None:
+    """An update was taken back: its journal is the one that there is, and no job of it is lost."""
+    with Journal(old, clock):
+        pass  # carried over to the present version
+    later(old, *MORE, oldest=len(VERSIONS))
+    with Journal(old, clock) as journal:
+        assert len(journal.jobs()) == 6
+        assert journal.last() == (2, 9, 8)
+        journal.facts.put("clock-floor", "2026-04-01T00:00:00+00:00")
+        journal.refused("bad_signature")
+    with contextlib.closing(sqlite3.connect(old)) as connection:
+        assert connection.execute("SELECT DISTINCT rung FROM jobs").fetchall() == [(7,)]
+        assert connection.execute("SELECT * FROM bells").fetchall() == [("door",)]
+        assert connection.execute("PRAGMA user_version").fetchone() == (len(VERSIONS) + 1,)
+        assert connection.execute("PRAGMA application_id").fetchone() == (len(VERSIONS),)
+    with Journal(old, clock) as journal:
+        assert journal.facts.get("clock-floor") == "2026-04-01T00:00:00+00:00"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "ALTER TABLE jobs ADD COLUMN must TEXT NOT NULL DEFAULT ''; ALTER TABLE facts RENAME COLUMN value TO worth",
+        "DROP TABLE maintenance",
+        "DROP TABLE facts; CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL)",
+        "DROP TABLE refusals; CREATE TABLE refusals (code TEXT PRIMARY KEY, count INTEGER NOT NULL, why TEXT NOT NULL)",
+    ],
+    ids=["renamed", "gone", "another type", "must be given"],
+)
+def test_a_later_version_that_changed_more_than_it_says(old: Path, clock: SimulatedClock, statement: str) -> None:
+    with Journal(old, clock):
+        pass
+    later(old, *statement.split("; "), oldest=1)
+    with pytest.raises(DamagedError, match="not those of a job journal"):
+        Journal(old, clock).open()
+
+
+def test_a_later_version_that_only_its_next_of_kin_may_use(old: Path, clock: SimulatedClock) -> None:
+    with Journal(old, clock):
+        pass
+    later(old, *MORE, oldest=len(VERSIONS) + 1)
+    with pytest.raises(UnsupportedError, match="this agent knows"):
+        Journal(old, clock).open()
 
 
 def test_a_later_version(old: Path, clock: SimulatedClock) -> None:

@@ -1,0 +1,137 @@
+"""While a request is answered the children stand still; where requests never end they get a little time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.infer.children import ChildError, ChildLimits, ChildProcess
+from agent.infer.right_of_way import RIGHT_OF_WAY, RightOfWay
+
+LOOP = "while True: pass"
+
+
+def cpu_ns(child: subprocess.Popen[bytes]) -> int:
+    return int(Path(f"/proc/{child.pid}/schedstat").read_text().split()[0])
+
+
+def runs(child: subprocess.Popen[bytes]) -> bool:
+    """Whether it gets any further. A stopped one may take a moment to stand."""
+    time.sleep(0.05)
+    before = cpu_ns(child)
+    end = time.monotonic() + (20 if state(child) != "T" else 0.2)
+    while cpu_ns(child) == before:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def state(child: subprocess.Popen[bytes]) -> str:
+    return Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.fixture
+def way() -> RightOfWay:
+    return RightOfWay()
+
+
+@pytest.fixture
+def child(way: RightOfWay) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", LOOP]) as made:
+        way.add(made)
+        yield made
+        way.take_out(made)
+        made.kill()
+
+
+def test_it_stands_still_while_a_request_is_answered(way: RightOfWay, child: subprocess.Popen[bytes]) -> None:
+    assert runs(child)
+    way.hold()
+    assert not runs(child)
+    way.let_go()
+    assert runs(child)
+
+
+def test_one_that_has_nothing_to_do_does_not_run_because_requests_end(
+    way: RightOfWay, child: subprocess.Popen[bytes]
+) -> None:
+    way.rest(child)
+    way.hold()
+    way.let_go()
+    assert not runs(child)
+    way.hold()
+    way.run(child)
+    assert not runs(child)
+    way.let_go()
+    assert runs(child)
+
+
+def test_requests_that_never_end_leave_it_a_little_time(way: RightOfWay, child: subprocess.Popen[bytes]) -> None:
+    way.hold()
+    assert not runs(child)
+    before, end = cpu_ns(child), time.monotonic() + 20
+    while cpu_ns(child) == before and time.monotonic() < end:
+        way.breathe()
+    assert cpu_ns(child) > before
+    assert not runs(child), "only a little"
+
+
+def test_nobody_is_told_of_a_process_that_is_gone(way: RightOfWay) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        way.add(gone)
+        way.take_out(gone)
+        gone.wait()
+        way.hold()
+        way.run(gone)
+        way.rest(gone)
+        way.let_go()
+        way.breathe()
+
+
+def test_requests_matter_from_the_first_child_to_the_last(way: RightOfWay) -> None:
+    told: list[bool] = []
+    way.watch = told.append
+    with subprocess.Popen([sys.executable, "-c", LOOP]) as one, subprocess.Popen([sys.executable, "-c", LOOP]) as two:
+        for made in (one, two):
+            way.add(made)
+        way.take_out(one)
+        way.take_out(one)
+        assert told == [True]
+        way.hold()
+        way.take_out(two)
+        assert told == [True, False]
+        for made in (one, two):
+            made.kill()
+    with subprocess.Popen([sys.executable, "-c", LOOP]) as later:
+        way.add(later)
+        assert runs(later), "what was held for others is not held for it"
+        way.take_out(later)
+        later.kill()
+
+
+def test_a_real_child_starts_answers_and_ends_though_requests_never_end() -> None:
+    asking = threading.Event()
+
+    def ask() -> None:
+        while not asking.wait(0.001):
+            RIGHT_OF_WAY.hold()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        with ChildProcess({"model": None, "golden": None}, ChildLimits(memory_mb=512, start_s=2.0)) as child:
+            child.greet()
+            with pytest.raises(ChildError) as refused:
+                child.call("no such thing", 10.0)
+            assert refused.value.kind in ("refused", "crashed")
+    finally:
+        asking.set()
+        thread.join()
+        RIGHT_OF_WAY.let_go()
