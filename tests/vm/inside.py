@@ -258,7 +258,11 @@ def probe(unit: str, paths: list[str]) -> dict[str, object]:
     names = ("Uid", "CapPrm", "CapEff", "CapBnd", "NoNewPrivs", "Seccomp", "Groups")
     lines = [line.split() for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
     writable = [line[4] for line in lines if "rw" in line[5].split(",")]
-    return {**json.loads(str(done["out"])), "writable mounts": writable, "status": {name: status[name].split() for name in names}}
+    return {
+        **json.loads(str(done["out"])),
+        "writable mounts": writable,
+        "status": {name: status[name].split() for name in names},
+    }
 
 
 # -- measures ---------------------------------------------------------------------------------------------------------

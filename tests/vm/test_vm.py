@@ -321,20 +321,14 @@ def tpm(short_dir: Path) -> Iterator[Tpm]:
 
 
 def test_tpm(kit: Kit, installed: Disk, switch_on: SwitchOn, tpm: Tpm, count: Count) -> None:
-    """A device secret that only this TPM opens: over boots it serves, and a cleared TPM is said clearly."""
-    credential = "/etc/credstore.encrypted/device-secret"
+    """A secret that only this TPM opens: it serves over boots, a cleared TPM is told, the old one brings all back."""
     machine = switch_on(kit, installed.copy(), tpm=tpm.socket)
-    # Sealed before the first model comes, as the how-to says.
-    command(machine, "systemctl", "stop", CORE, "edge-agent-link.service")
-    command(machine, "sh", "-c", "rm -rf /var/lib/edge-agent/* && mkdir -p -m 0700 /etc/credstore.encrypted")
-    seal = f"head -c 32 /dev/urandom | systemd-creds encrypt --name=device-secret --with-key=tpm2 - {credential}"
-    command(machine, "sh", "-c", seal)
-    command(machine, "systemctl", "restart", CORE, "edge-agent-link.service")
-    added = machine.do("add", file="0.tflite")
-    assert added["status"] == 200, added
-    source = machine.do("ask", method="GET", target="/v1/status")["json"]["key_source"]
-    assert source != "file"
-    assert machine.do("run", command=["test", "-e", "/var/lib/edge-agent/keys/device-secret"])["rc"] == 1
+    assert right(machine.do("first_answer"))
+    before = machine.do("state")
+    command(machine, "edge-agent", "seal", "--to", "tpm2")
+    assert key_place(machine) == "tpm2"
+    assert machine.do("state").keys() >= before.keys() != set(), "payloads stay"
+    assert right(machine.do("infer"))
     machine.power_off()
     tpm.gone()
 
@@ -344,14 +338,28 @@ def test_tpm(kit: Kit, installed: Disk, switch_on: SwitchOn, tpm: Tpm, count: Co
     machine.power_off()
     tpm.gone()
 
+    seeds = {path: path.read_bytes() for path in tpm.seeds.iterdir()}
     tpm.clear()
     tpm.start()
     machine.boot()
-    machine.wait_until("core gives up for now", lambda: restarts(machine) > 0)
+    machine.wait_until("core has tried", lambda: restarts(machine) > 0)
     assert machine.do("states")[0] != "active"
     journal = command(machine, "journalctl", "--no-pager", "-u", CORE, "-b")["out"]
-    assert "device-secret" in journal or "credential" in journal.lower(), journal
+    assert "cannot open /etc/credstore.encrypted/device-secret" in journal, journal
     doctor = machine.do("run", command=["edge-agent", "doctor", "--json"])
-    assert doctor["rc"] == 1, "what does not work is told, and how to mend it"
+    assert doctor["rc"] == 1 and "edge-agent seal --start-over" in doctor["out"], doctor
     machine.power_off()
-    count(boots=machine.boots, key_source=source, sealed_lost=1)
+    tpm.gone()
+
+    for path, seed in seeds.items():
+        path.write_bytes(seed)
+    tpm.start()
+    machine.boot()
+    assert right(machine.do("first_answer")), "nothing was damaged"
+    machine.power_off()
+    count(boots=machine.boots, moved="host to tpm2", cleared=1)
+
+
+def key_place(machine: Machine) -> str:
+    place: str = machine.do("ask", method="GET", target="/v1/status")["json"]["key_place"]
+    return place
