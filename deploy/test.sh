@@ -34,6 +34,9 @@ want_tool age age "the tests that let another age implementation read our files 
 want_tool curl curl "the tests that speak to the agent with curl are skipped"
 want_tool systemd-analyze systemd "the tests of the units are skipped"
 want_tool systemd-nspawn systemd-container "the tests that boot the units are skipped"
+want_tool swtpm swtpm "the test that seals with a TPM is skipped"
+want_tool swtpm_ioctl swtpm-tools "the test that seals with a TPM is skipped"
+want_tool tpm2_getcap tpm2-tools "the test that seals with a TPM is skipped" # brings what systemd loads of the TPM's libraries
 
 table=() # "version|runtime|outcome|seconds", a row for each run
 status=0

@@ -6,7 +6,8 @@ between an answer and the next request it is stopped, so that it neither disturb
 while apps are answered (``right_of_way``). Whatever a child does ends as a ``ChildError`` with a kind; nothing of it
 can block or crash the caller.
 
-It has the lowest priority that there is. So one that is slow to answer may be one that others leave no time: it hangs
+It has the lowest priority that there is, but for one that requests wait for (``urgent``), which would otherwise wait
+for them in turn. So one that is slow to answer may be one that others leave no time: it hangs
 only when it has had half of its time, or waits for something else than a processor, or is late many times over.
 """
 
@@ -46,7 +47,7 @@ _OWN_MEMORY = (b"RssAnon", b"RssShmem", b"VmSwap", b"VmPTE")
 _RESERVED_MB = 1024
 _ROOT = Path(__file__).resolve().parents[2]
 _BOOT = (
-    "import sys; sys.path[:0] = [{root!r}]; from agent.infer.yielding import yield_to_others; yield_to_others(); "
+    "import sys; sys.path[:0] = [{root!r}]; from agent.infer.yielding import {manner}; {manner}(); "
     "from {module} import main; main()"
 )
 #: Libraries of an accelerator may be found only through these.
@@ -84,13 +85,16 @@ class ChildProcess:
         devices: Sequence[str] = (),
         module: str = "agent.infer.child",
         file_bytes: int = 0,
+        urgent: bool = False,
         go_on: Callable[[], None] = lambda: None,
     ) -> None:
         """``go_on`` is called while the child is waited for; what it raises comes out of the call.
 
+        ``urgent``: requests wait for what it says. It has the daemon's priority, and nothing holds it up.
         ``file_bytes``: it may write so many into a memory file among its descriptors.
         """
         self._go_on = go_on
+        self._urgent = urgent
         self._limits = limits
         self._baseline_kb = 0
         given = [fd for fd in descriptors.values() if fd is not None]
@@ -108,7 +112,7 @@ class ChildProcess:
                 "devices": [name for name in devices if Path(name).exists()],
             }
             self._process = subprocess.Popen(
-                [sys.executable, "-s", "-E", "-c", _BOOT.format(root=str(_ROOT), module=module), json.dumps(start)],
+                [sys.executable, "-s", "-E", "-c", _boot(module, urgent=urgent), json.dumps(start)],
                 pass_fds=[*given, theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -124,7 +128,8 @@ class ChildProcess:
             raise
         finally:
             theirs.close()
-        RIGHT_OF_WAY.add(self._process)
+        if not urgent:
+            RIGHT_OF_WAY.add(self._process)
         self._control = ours
         self._buffer = bytearray()
         self._status = self._open_status()
@@ -184,7 +189,8 @@ class ChildProcess:
                 raise ChildError("hung", f"hung: no answer to '{doing}' within {timeout_s:.0f} s")
             self._require_within_limits(doing)
             self._go_on()
-            RIGHT_OF_WAY.breathe()
+            if not self._urgent:
+                RIGHT_OF_WAY.breathe()
             self._control.settimeout(_POLL_S)
             try:
                 part = self._control.recv(1 << 16)
@@ -288,6 +294,11 @@ class ChildProcess:
         os.set_blocking(stream.fileno(), False)
         lines = (stream.read() or b"").decode(errors="replace").strip().splitlines()
         return f": {plain(lines[-1], 300)}" if lines else ""
+
+
+def _boot(module: str, *, urgent: bool) -> str:
+    manner = "stand_apart" if urgent else "yield_to_others"
+    return _BOOT.format(root=str(_ROOT), module=module, manner=manner)
 
 
 def _environment() -> dict[str, str]:

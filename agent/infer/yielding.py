@@ -13,10 +13,15 @@ import os
 _LEAST = 19
 
 
-def yield_to_others() -> None:
-    """Take the lowest priority there is, for this process and its threads to come, and hear no signal of a terminal."""
+def stand_apart() -> None:
+    """Hear no signal of a terminal."""
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
+
+
+def yield_to_others() -> None:
+    """Take the lowest priority there is, for this process and its threads to come, and hear no signal of a terminal."""
+    stand_apart()
     with contextlib.suppress(OSError):
         os.nice(_LEAST)
     with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -134,4 +135,19 @@ def test_a_real_child_starts_answers_and_ends_though_requests_never_end() -> Non
     finally:
         asking.set()
         thread.join()
+        RIGHT_OF_WAY.let_go()
+
+
+def test_what_a_request_waits_for_is_not_held_up_by_it() -> None:
+    """A runtime is tried in a child before its first use: the request that asks for it holds all the others."""
+    RIGHT_OF_WAY.hold()
+    try:
+        with ChildProcess({"model": None, "golden": None}, ChildLimits(memory_mb=512), urgent=True) as child:
+            child.greet()
+            assert os.sched_getscheduler(child.pid) == os.sched_getscheduler(0)
+            assert os.getpriority(os.PRIO_PROCESS, child.pid) == os.getpriority(os.PRIO_PROCESS, 0)
+            RIGHT_OF_WAY.let_go()
+            RIGHT_OF_WAY.hold()
+            assert Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T"
+    finally:
         RIGHT_OF_WAY.let_go()

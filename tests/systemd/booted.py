@@ -255,9 +255,25 @@ def moved() -> None:
     seen["answer again"] = infer()[0]
 
 
+def first() -> None:
+    """What the first start has sealed, on folders that stay."""
+    unit = "edge-agent-seal.service"
+    seen["unit"] = run("systemctl", "show", "-P", "Result", unit)["out"]
+    seen["words"] = run("journalctl", "--no-pager", "-u", unit)["out"]
+    seen["status"] = agent("status")["json"]
+    sealed_file = Path("/etc/credstore.encrypted/device-secret")
+    seen["mode"] = oct(sealed_file.stat().st_mode & 0o777)
+    before = sealed_file.read_bytes()
+    seen["beside the store"] = [path for path, _, _ in state_files() if "device-secret" in str(path)]
+    seen["again"] = run("systemctl", "start", unit)
+    seen["as it was"] = sealed_file.read_bytes() == before
+    seen["doctor"] = agent("doctor")
+    seen["doctor of a user"] = as_user(APP_UID, None, lambda: agent("doctor"))
+
+
 if __name__ == "__main__":
     try:
-        {"serving": serving, "sealed": sealed, "moved": moved}[sys.argv[1]]()
+        {"serving": serving, "sealed": sealed, "moved": moved, "first": first}[sys.argv[1]]()
     finally:
         seen["journal"] = run("journalctl", "--no-pager", "-u", "edge-agent-core.service")["out"]
         (OUT / "result.json").write_text(json.dumps(seen, default=str))

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from agent.cli.credstore import file_system
 from agent.infer.landlock import abi_version
 from tests import onnx_models, tflite_models
 from tests.systemd.booted import TPM
@@ -228,3 +229,28 @@ def test_the_secret_moves_between_tpm_host_key_and_file_and_a_cleared_tpm_has_a_
     assert seen["after"]["credentials"] == ["device-secret", "lost-device-secret"]
     assert "store.lost" in seen["aside"] and "store" in seen["aside"]
     assert seen["added again"]["rc"] == 0 and seen["answer again"] == 200
+
+
+def test_the_first_start_seals_the_secret_and_an_ordinary_user_is_told_what_he_may_not_see(
+    boot: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    for name in ("credstore", "systemd"):
+        (tmp_path / name).mkdir(mode=0o700 if name == "credstore" else 0o755)
+    if file_system(str(tmp_path), Path("/proc/self/mountinfo").read_text()) in ("tmpfs", "overlay"):
+        pytest.skip(f"nothing on {tmp_path} would be there after a reboot, so that nothing is sealed")
+    seen = boot(
+        "first",
+        f"--bind={tmp_path / 'credstore'}:/etc/credstore.encrypted",
+        f"--bind={tmp_path / 'systemd'}:/var/lib/systemd",
+    )
+    if "cannot seal with host" in seen["words"]:
+        pytest.skip(f"systemd-creds cannot seal here: {seen['words']}")
+    assert seen["unit"].strip() == "success", seen["words"]
+    assert seen["status"]["key_place"] == "host", (seen["words"], seen["journal"])
+    assert (seen["mode"], seen["beside the store"]) == ("0o600", [])
+    assert seen["again"]["rc"] == 0 and seen["as it was"]
+    assert {row["level"] for row in seen["doctor"]["json"]["findings"]} <= {"ok", "note"}, seen["doctor"]["out"]
+    told = {row["check"]: row for row in seen["doctor of a user"]["json"]["findings"]}
+    assert seen["doctor of a user"]["rc"] == 0
+    assert told["core"]["mend"] == told["credential"]["mend"] == "run doctor as root"
+    assert {row["level"] for row in told.values()} <= {"ok", "note"}, told

@@ -75,7 +75,8 @@ def probe_runtime(name: str) -> RuntimeState:
     if not any(find_spec(module) for module in MODULES[name]):
         return RuntimeState(name, reason="not installed", installed=False)
     try:
-        with ChildProcess({"model": None, "golden": None}, ChildLimits(memory_mb=512)) as child:
+        # A request may wait for it: the first one after a start.
+        with ChildProcess({"model": None, "golden": None}, ChildLimits(memory_mb=512), urgent=True) as child:
             child.greet()
             answer = child.call("prepare", 60, runtime=name)
     except ChildError as error:
