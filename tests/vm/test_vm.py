@@ -324,10 +324,8 @@ def test_tpm(kit: Kit, installed: Disk, switch_on: SwitchOn, tpm: Tpm, count: Co
     """A secret that only this TPM opens: it serves over boots, a cleared TPM is told, the old one brings all back."""
     machine = switch_on(kit, installed.copy(), tpm=tpm.socket)
     assert right(machine.do("first_answer"))
-    before = machine.do("state")
     command(machine, "edge-agent", "seal", "--to", "tpm2")
     assert key_place(machine) == "tpm2"
-    assert machine.do("state").keys() >= before.keys() != set(), "payloads stay"
     assert right(machine.do("infer"))
     machine.power_off()
     tpm.gone()
