@@ -35,6 +35,7 @@ _MAIN_ONLY = (
     "tests/selection/test_choice.py::test_twenty_trials",
     "tests/store/test_power.py",
     "tests/systemd/",
+    "tests/vm/",
     "tests/work/test_kills.py",
 )
 _EVERYWHERE = (
