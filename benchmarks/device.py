@@ -21,7 +21,6 @@ from agent.base.clock import SystemClock
 from agent.base.config import Config
 from agent.base.paths import Paths
 from agent.core.device import inventory_of, look_at_device
-from agent.core.memory import share_one_heap
 from agent.core.trying import make_chooser, make_form_maker
 from agent.infer.engine import Engine, EngineLimits
 from agent.infer.runtimes.probe import Runtimes, source_version
@@ -49,7 +48,6 @@ class Device:
         paths = Paths(folder / "config.toml", folder / "state", folder / "run")
         paths.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         selection = {**_SELECTION, **({} if threads is None else {"threads": threads})}
-        share_one_heap()  # as core does
         self._config = Config.model_validate({"selection": selection})
         self._found = look_at_device(paths, self._config)
         self._runtimes = Runtimes()

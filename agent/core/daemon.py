@@ -41,7 +41,7 @@ from agent.core.incoming_api import IncomingApi
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
 from agent.core.link_api import LinkApi, NoFleet
 from agent.core.measuring import Measuring
-from agent.core.memory import settle, share_one_heap, trim
+from agent.core.memory import settle, trim
 from agent.core.operating import Operations
 from agent.core.reviewing import Reviews
 from agent.core.tasks import Means
@@ -133,7 +133,6 @@ class Core:
     def _harden(self) -> None:
         sys.setswitchinterval(_SWITCH_S)
         forbid_inspection()
-        share_one_heap()
         settle()
 
     def _lock(self) -> None:

@@ -14,18 +14,6 @@ import gc
 from pathlib import Path
 
 _MADV_DONTNEED = 4
-#: <malloc.h>
-_M_ARENA_MAX = -8
-
-
-def share_one_heap() -> None:
-    """Have threads take memory from one heap: what one of them has freed, the next session gets in another.
-
-    A heap for each thread, as is usual, has each session's memory made anew, page by page: a fifth of a swap-in.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none, and one heap
-        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def settle() -> None:

@@ -58,29 +58,3 @@ def test_a_start_imports_neither_runtimes_nor_what_tries_models_nor_the_client()
         "agent.infer.trial", "agent.infer.runtimes.onnx", "agent.operations.choosing", "agent.selection.choice",
         "agent.bundles.archive", "agent.bundles.bare", "agent.client", "agent.fleet",
     }  # fmt: skip
-
-
-def test_threads_take_their_memory_from_one_heap():
-    script = (
-        "import ctypes, re, sys, threading\n"
-        "from agent.core.memory import share_one_heap\n"
-        "libc = ctypes.CDLL(None)\n"
-        "if not hasattr(libc, 'mallopt'): sys.exit()\n"
-        "if len(sys.argv) > 1: share_one_heap()\n"
-        "barrier = threading.Barrier(4)\n"
-        "def work():\n"
-        "    barrier.wait()\n"
-        "    libc.malloc(70_000)\n"
-        "    barrier.wait()\n"
-        "threads = [threading.Thread(target=work) for _ in range(4)]\n"
-        "for one in threads: one.start()\n"
-        "for one in threads: one.join()\n"
-        "spans = re.findall(r'^([0-9a-f]+)-([0-9a-f]+) ---p 00000000 00:00 0', open('/proc/self/maps').read(), re.M)\n"
-        "print(sum(32 << 20 <= int(end, 16) - int(start, 16) <= 64 << 20 for start, end in spans))\n"
-    )
-    heaps = [
-        int(subprocess.run([sys.executable, "-c", script, *more], capture_output=True, check=True).stdout or 0)
-        for more in ([], ["one"])
-    ]
-    assert heaps[1] == 0
-    assert sys.maxsize < 1 << 32 or heaps[0] > 0, "a heap of a thread's own would have been seen"
