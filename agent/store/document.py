@@ -185,21 +185,22 @@ def decode(data: bytes) -> CatalogDocument:
 
 def _reduced(data: bytes, error: ValidationError) -> CatalogDocument | None:
     """The document without the fields that a later agent added; None where that one does not allow it."""
-    document = json.loads(data) if data[:1] == b"{" else None
-    oldest = document.get("readable_from") if isinstance(document, dict) else None
-    if type(oldest) is not int or not 1 <= oldest <= READER:
+    problems = error.errors(include_url=False, include_input=False, include_context=False)
+    if any(problem["type"] != "extra_forbidden" for problem in problems):
         return None
     try:
-        for problem in error.errors(include_url=False, include_input=False, include_context=False):
-            if problem["type"] != "extra_forbidden":
-                return None
+        document = json.loads(data)
+        oldest = document.get("readable_from")
+        if type(oldest) is not int or not 1 <= oldest <= READER:
+            return None
+        for problem in problems:
             *path, name = problem["loc"]
             holder: Any = document
             for part in path:
                 holder = holder[part]
             del holder[name]
         return CatalogDocument.model_validate_json(json.dumps(document))
-    except (ValidationError, LookupError, TypeError):
+    except (ValidationError, LookupError, TypeError, ValueError, RecursionError):
         return None
 
 
