@@ -14,26 +14,26 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent import __version__
 from agent.base import config as configuration
 from agent.base.clock import SystemClock, TrustedClock
 from agent.base.config import Config
 from agent.base.errors import AgentError, ConfigError
 from agent.base.files import require_own, write_atomically
-from agent.base.hardening import forbid_inspection, lock_memory, unlocked_memory
+from agent.base.hardening import forbid_inspection
 from agent.base.memory import Fence
 from agent.base.paths import Paths
 from agent.base.systemd import Handover, Notifier, adopt_sockets
-from agent.core import health, logs
+from agent.core import logs
 from agent.core.accelerators import Accelerators, probing
 from agent.core.admin_api import AdminApi, Documents
 from agent.core.cache_api import CacheApi
+from agent.core.condition import Condition, Parts, figures
 from agent.core.device import look_at_device
 from agent.core.governing import Governing
 from agent.core.guarding import Guarding
@@ -41,15 +41,13 @@ from agent.core.incoming_api import IncomingApi
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
 from agent.core.link_api import LinkApi, NoFleet
 from agent.core.measuring import Measuring
-from agent.core.memory import settle, trim
+from agent.core.memory import Pages, settle
 from agent.core.operating import Operations
 from agent.core.reviewing import Reviews
 from agent.core.tasks import Means
 from agent.core.upkeep import Upkeep
 from agent.core.within import Within
-from agent.hardware.sensors import read_sensors
 from agent.infer.engine import Engine, EngineLimits, Key
-from agent.infer.runtimes.failures import return_memory
 from agent.infer.runtimes.probe import Runtimes
 from agent.infer.shelf import Option
 from agent.infer.tensors import InferRequest, InferResponse, Tensor
@@ -65,7 +63,6 @@ from agent.serve.routes import RouteTable
 from agent.serve.server import Server
 from agent.store.document import CatalogDocument
 from agent.store.keys import DeviceKeys
-from agent.store.seals import place_of, read_marks
 from agent.store.store import Store
 from agent.trust.desk import Desk
 
@@ -96,8 +93,7 @@ class Core:
         self._handover = handover
         self._notifier = Notifier(handover.notify_address)
         self._started = time.monotonic()
-        self._locked = False
-        self._seals = read_marks(paths.run_dir)
+        self._pages = Pages()
         #: After ``run``: whether every thread has come to its end.
         self.all_ended = True
         self._stop = asyncio.Event()
@@ -136,20 +132,10 @@ class Core:
         settle()
 
     def _lock(self) -> None:
-        """Only where there is a disk to be kept from: what is locked cannot be given back (``unlocked_memory``)."""
+        """Only where there is a disk to be kept from: what is locked cannot be given back."""
         areas = self._device.facts.swap
         if areas is None or any(area.kind != "zram" for area in areas):
-            self._locked = lock_memory()
-
-    def _trim(self) -> None:
-        """What only a start needs goes: several megabytes of code alone."""
-        with unlocked_memory() if self._locked else contextlib.nullcontext():
-            trim()
-
-    def _give_back(self) -> None:
-        """From any thread: much was freed."""
-        with unlocked_memory() if self._locked else contextlib.nullcontext():
-            return_memory()
+            self._pages.lock()
 
     def _open_store(self) -> Store:
         keys = DeviceKeys(self._paths.device_secret.parent, self._handover.credentials)
@@ -165,13 +151,13 @@ class Core:
             device.workers,
             keep_s=float("inf") if keep == "forever" else keep,
             weigh_s=_WEIGH_S,
-            give_back_s=_GIVE_BACK_LOCKED_S if self._locked else _GIVE_BACK_S,
+            give_back_s=_GIVE_BACK_LOCKED_S if self._pages.locked else _GIVE_BACK_S,
         )
         fence = Fence(device.facts.mem_limit_mb)
         memory_mb, cpus = max(64, int(device.budget_mb)), device.cpus
         self._accelerators = Accelerators(lambda: self._engine, probing(self._operations.run, memory_mb, cpus))
         lose = self._accelerators.lose
-        self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._give_back, lose)
+        self._engine = Engine(limits, self._runtimes.load, self._damaged, fence.move, self._pages.give_back, lose)
         self._guarding = guarding = Guarding(
             self._paths.state_dir,
             self._store,
@@ -205,6 +191,23 @@ class Core:
         self._maintenance = Maintenance(self._store, serving.show)
         self._upkeep = Upkeep(self._paths, lambda: self.config, self._operations, self._means, self._fleet_changed)
         self._governing = Governing(lambda: self.config.governor, self._engine, _sensor_root(os.environ))
+        self._condition = Condition(
+            Parts(
+                paths=self._paths,
+                device=device,
+                store=self._store,
+                runtimes=self._runtimes,
+                operations=self._operations,
+                engine=self._engine,
+                accelerators=self._accelerators,
+                governing=self._governing,
+                guarding=guarding,
+                upkeep=self._upkeep,
+                fleet=lambda: self._fleet,
+                locked=self._pages.locked,
+            ),
+            self._started,
+        )
         if os.path.lexists(self._paths.trust_file):
             self._make_fleet()
 
@@ -232,6 +235,7 @@ class Core:
         from agent.core.fleet import Fleet  # noqa: PLC0415 - see above
         from agent.operations.updates import Updates, home_of  # noqa: PLC0415 - as above
 
+        condition = self._condition
         within = Within(
             operations=self._operations,
             installer=self._installer,
@@ -244,14 +248,14 @@ class Core:
             updates=Updates(self._paths.update, home_of(Path(sys.prefix), os.environ.get("EDGE_AGENT_HOME"))),
             file_config=lambda: self._config,
             hold=self._hold,
-            status=self._status,
-            findings=self._findings,
-            diagnose=self._diagnose,
-            figures=_figures,
+            status=condition.status,
+            findings=condition.findings,
+            diagnose=condition.diagnose,
+            figures=figures,
             governor=self._governing.record,
             statistics=self._statistics,
             quality=self._guarding.quality.short,
-            key_place=self._key_place,
+            key_place=condition.key_place,
             unload_all=self._unload_all,
             restart=self.stop,
             reboot=self._request_reboot,
@@ -284,7 +288,7 @@ class Core:
             self._installer,
             self._maintenance,
             self._operations,
-            Documents(self._status, self._diagnose, self._guarding.story),
+            Documents(self._condition.status, self._condition.diagnose, self._guarding.story),
             self._upkeep,
             lambda: self._fleet,
         )
@@ -324,7 +328,7 @@ class Core:
         models = len(self._store.document.models)
         _LOG.info("ready after %.2f s: %d models, board %s", took, models, self._device.facts.board)
         self._notifier.ready(f"{models} models")
-        asyncio.get_running_loop().call_later(_STARTED_S, self._trim)
+        asyncio.get_running_loop().call_later(_STARTED_S, self._pages.trim)
         self._reviews.start()
         work = (self._feed_watchdog(), self._load_ahead())
         tasks = [asyncio.ensure_future(task) for task in work]
@@ -438,10 +442,6 @@ class Core:
 
         return {tensor.name: tensor.array for tensor in self._operations.await_on_loop(ask()).outputs}
 
-    def _key_place(self) -> str:
-        """Where the device secret is: file, or what its credential is sealed with."""
-        return place_of(self._store.secret, self._seals)
-
     def _statistics(self) -> dict[str, Any]:
         return self._inference.statistics_document()
 
@@ -460,80 +460,6 @@ class Core:
     @property
     def _reboot_request(self) -> Path:
         return self._paths.state_dir / "reboot-requested"
-
-    # -- telling ------------------------------------------------------------------------------------------------------
-
-    def _findings(self) -> list[health.Finding]:
-        """What is wrong, as far as it is quick to tell."""
-        found = [
-            *health.check_device(self._device),
-            *health.check_store(self._store),
-            *self._accelerators.findings(),
-            *self._governing.findings(),
-            *self._guarding.findings(),
-        ]
-        return found if self._fleet is None else [*found, *self._fleet.findings()]
-
-    def _status(self) -> dict[str, Any]:
-        device = self._device
-        return {
-            "version": __version__,
-            "uptime_s": round(time.monotonic() - self._started, 1),
-            "board": device.facts.board,
-            "profile": device.profile.id,
-            "threads": device.threads,
-            "memory_budget_mb": round(device.budget_mb),
-            "key_source": self._store.secret.source,
-            "key_place": self._key_place(),
-            "generation": self._store.document.generation,
-            "models": self._engine.index(),
-            "loaded": self._engine.loaded(),
-            "cascades": self._engine.cascades(),
-            "probation": self._guarding.probations.status(),
-            "memory": self._engine.memory(),
-            "caches": self._engine.caches(),
-            "process": _figures(),
-            "under_way": self._operations.under_way,
-            "health": health.verdict(self._findings()),
-            "throttled": read_sensors().throttled_now,
-            "governor": self._governing.status(),
-            "lost": self._accelerators.status(),
-            **self._upkeep.status(),
-            **(self._fleet.status() if self._fleet is not None else {"fleet": None, "link": None, "update": None}),
-        }
-
-    def _diagnose(self) -> list[dict[str, Any]]:
-        """The checks, off the event loop: probing a runtime takes up to a second, and a disk may hang."""
-        checks: list[Callable[[], list[health.Finding]]] = [
-            lambda: health.check_device(self._device),
-            lambda: health.check_store(self._store),
-            lambda: health.check_private((self._paths.state_dir, self._paths.device_secret.parent)),
-            lambda: health.check_runtimes(self._runtimes.states(), self._device.facts),
-            health.check_confinement,
-            lambda: health.check_swap(self._device.facts, locked=self._locked),
-            lambda: health.check_clock(time.gmtime().tm_year),
-            self._accelerators.findings,
-            self._governing.findings,
-            self._guarding.findings,
-            lambda: self._fleet.findings() if self._fleet is not None else [],
-        ]
-        findings: list[health.Finding] = []
-        for check in checks:
-            try:
-                findings.extend(check())
-            except AgentError as error:
-                findings.append(health.from_error("core", error))
-        return health.as_documents(findings)
-
-
-def _figures() -> dict[str, float]:
-    """What this process takes: MB of resident memory, seconds of CPU time."""
-    pages = int(Path("/proc/self/statm").read_bytes().split()[1])  # proc(5): resident
-    times = os.times()
-    return {
-        "rss_mb": round(pages * os.sysconf("SC_PAGE_SIZE") / MIB, 1),
-        "cpu_s": round(times.user + times.system, 2),
-    }
 
 
 def _sensor_root(environ: Mapping[str, str]) -> Path | None:

@@ -517,9 +517,5 @@ def _lanes(runner: Runner) -> dict[str, Any]:
     return {str(lane): shown for lane, shown in runner.under_way().items()}
 
 
-def _owner(tenant: str, device: str) -> str:
-    return f"{tenant}/{device}"
-
-
 def _tail(lines: int) -> list[str]:
     return last_lines(RECENT.tail(lines))

@@ -9,11 +9,37 @@ Sources: madvise(2), mlock2(2), proc(5) "maps", mallopt(3).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 from pathlib import Path
 
+from agent.base.hardening import lock_memory, unlocked_memory
+from agent.infer.runtimes.failures import return_memory
+
 _MADV_DONTNEED = 4
+
+
+class Pages:
+    """This process's pages: kept out of swap where that is wanted and may be, and given back all the same."""
+
+    def __init__(self) -> None:
+        #: Whether they stay out of swap.
+        self.locked = False
+
+    def lock(self) -> None:
+        """Keep them out of swap, where no limit stands against it."""
+        self.locked = lock_memory()
+
+    def trim(self) -> None:
+        """What only a start needs goes: several megabytes of code alone."""
+        with unlocked_memory() if self.locked else contextlib.nullcontext():
+            trim()
+
+    def give_back(self) -> None:
+        """From any thread: much was freed."""
+        with unlocked_memory() if self.locked else contextlib.nullcontext():
+            return_memory()
 
 
 def settle() -> None:

@@ -34,8 +34,8 @@ _POLL_S = 0.05
 #: For the start of a child to become visible; it takes microseconds.
 _WATCH_S = 2.0
 _MAX_ANSWER_BYTES = 4 * _MB
-#: How many times over a child may be late to which others leave no time.
-_PATIENCE = 10
+#: How many times over a child may be late to which others leave no time: a twentieth of it, where requests never end.
+_PATIENCE = 20
 #: linux/posix-timers.h
 _CPUCLOCK_SCHED = 2
 #: Threads of numpy's and the runtime's pools: some for each core, and those that keep house.

@@ -1,16 +1,39 @@
-"""A child that measures yields to its daemon: it runs when no request wants to.
+"""A child that measures yields to its daemon and to everybody else: it runs when no request wants to.
 
-It stays in the daemon's session, for where nobody uses the cpu controller the kernel schedules sessions as groups
-(sched(7), autogroups), and within its own group alone an idle task gives way at once. The nice value is for kernels and
-sandboxes that refuse the class.
+Where nobody uses the cpu controller the kernel shares processors out among sessions, not processes (sched(7),
+autogroups). An idle task of the daemon's own session weighs as much as the daemon against an app in another session
+while the daemon itself sleeps; so the child has a session of its own, of the least weight. Its slice is the longest
+there is: who wakes up with a shorter one takes its place at once (Linux 6.12 and later; nothing else made the kernel
+do that across sessions).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
+from pathlib import Path
 
 _LEAST = 19
+_SLICE_NS = 100_000_000
+#: sched_setattr(2), for which C libraries have no function.
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "armv7l": 380, "armv8l": 380}
+
+
+class _Attributes(ctypes.Structure):
+    """``struct sched_attr`` of its first size."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("policy", ctypes.c_uint32),
+        ("flags", ctypes.c_uint64),
+        ("nice", ctypes.c_int32),
+        ("priority", ctypes.c_uint32),
+        ("runtime", ctypes.c_uint64),
+        ("deadline", ctypes.c_uint64),
+        ("period", ctypes.c_uint64),
+    )
 
 
 def stand_apart() -> None:
@@ -20,9 +43,18 @@ def stand_apart() -> None:
 
 
 def yield_to_others() -> None:
-    """Take the lowest priority there is, for this process and its threads to come, and hear no signal of a terminal."""
-    stand_apart()
+    """Take the least of the processors, for this process and its threads to come, and hear no signal of a terminal.
+
+    What a kernel or a sandbox refuses is left out.
+    """
+    with contextlib.suppress(OSError):
+        os.setsid()
+        Path("/proc/self/autogroup").write_text(str(_LEAST))
     with contextlib.suppress(OSError):
         os.nice(_LEAST)
     with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    number = _SCHED_SETATTR.get(platform.machine())
+    if number is not None:
+        wanted = _Attributes(ctypes.sizeof(_Attributes), os.SCHED_BATCH, 0, _LEAST, 0, _SLICE_NS, 0, 0)
+        ctypes.CDLL(None).syscall(number, 0, ctypes.byref(wanted), 0)

@@ -34,6 +34,16 @@ def runs(child: subprocess.Popen[bytes]) -> bool:
     return True
 
 
+def goes_on(way: RightOfWay, child: subprocess.Popen[bytes]) -> bool:
+    """Whether it runs before long, once who waits for it has looked."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        way.breathe()
+        if runs(child):
+            return True
+    return False
+
+
 def state(child: subprocess.Popen[bytes]) -> str:
     return Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
@@ -57,6 +67,28 @@ def test_it_stands_still_while_a_request_is_answered(way: RightOfWay, child: sub
     way.hold()
     assert not runs(child)
     way.let_go()
+    assert goes_on(way, child)
+
+
+def test_it_stands_still_between_requests_that_come_one_after_another(
+    way: RightOfWay, child: subprocess.Popen[bytes]
+) -> None:
+    for _ in range(40):
+        way.hold()
+        time.sleep(0.01)
+        way.let_go()
+        time.sleep(0.002)
+    assert state(child) == "T"
+    assert goes_on(way, child)
+
+
+def test_requests_that_take_little_time_hold_it_up_no_longer_than_they_last(
+    way: RightOfWay, child: subprocess.Popen[bytes]
+) -> None:
+    for _ in range(40):
+        way.hold()
+        way.let_go()
+        time.sleep(0.01)
     assert runs(child)
 
 
@@ -66,12 +98,14 @@ def test_one_that_has_nothing_to_do_does_not_run_because_requests_end(
     way.rest(child)
     way.hold()
     way.let_go()
+    time.sleep(0.1)
+    way.breathe()
     assert not runs(child)
     way.hold()
     way.run(child)
     assert not runs(child)
     way.let_go()
-    assert runs(child)
+    assert goes_on(way, child)
 
 
 def test_requests_that_never_end_leave_it_a_little_time(way: RightOfWay, child: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -237,15 +238,18 @@ def test_who_is_there_to_be_compared_with_is_measured_whatever_it_answers():
 
 
 def test_children_run_when_nobody_else_wants_to():
-    found = set()
+    found, sessions = set(), set()
+    autogroups = Path("/proc/self/autogroup").exists()
 
     def look(event):
         if event["stage"] == "measure":
             children = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _parent(pid) == os.getpid()]
             found.update((os.sched_getscheduler(pid), os.getpriority(os.PRIO_PROCESS, pid)) for pid in children)
+            sessions.update(Path(f"/proc/{pid}/autogroup").read_text().split()[-1] for pid in children if autogroups)
 
     run(entrant("good", onnx_models.linear()), around=Surroundings(SystemClock(), progress=look))
-    assert found == {(os.SCHED_IDLE, 19)}
+    assert found == {(os.SCHED_BATCH, 19)}
+    assert sessions == ({"19"} if autogroups else set())
 
 
 def test_energy_is_shared_among_the_runs_of_a_round():
