@@ -155,10 +155,10 @@ def _timed(client, x: np.ndarray) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="two turns")
-    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--quick", action="store_true", help="one turn")
+    parser.add_argument("--turns", type=int, default=4)
     arguments = parser.parse_args()
-    report = measure(2 if arguments.quick else arguments.turns)
+    report = measure(1 if arguments.quick else arguments.turns)
     if arguments.json:
         print(json.dumps(report))
         return
