@@ -20,6 +20,8 @@ from agent.hardware.dropin import Allowance
 CORE = "edge-agent-core.service"
 LINK = "edge-agent-link.service"
 SOCKETS = ("edge-agent-infer.socket", "edge-agent-admin.socket")
+#: Whoever waits for what core asks of root: without them a job that updates or reboots would come to nothing.
+PATHS = ("edge-agent-update.path", "edge-agent-reboot.path")
 SEAL = "edge-agent-seal.service"
 TARGET = "edge-agent.target"
 OWN = "etc/systemd/system"
@@ -155,7 +157,7 @@ def _enabled(root: Path) -> bool:
 
 
 def _running(ask: Ask) -> Iterator[Finding]:
-    for unit in (*SOCKETS, CORE, LINK):
+    for unit in (*SOCKETS, CORE, LINK, *PATHS):
         state = ask(unit)
         active = state.get("ActiveState", "active")
         if active == "failed" or (active == "activating" and state.get("Result", "success") != "success"):

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from agent.base.errors import PeerError
-from agent.base.files import fsync_directory, read_bounded, write_atomically
+from agent.base.files import TEMPORARY_PREFIX, fsync_directory, read_bounded, write_atomically
 from agent.trust.releases import MAX_DOCUMENT_BYTES, Course, Request, Verdict, parse
 
 _MAX_METADATA = 4 << 20
@@ -93,8 +93,10 @@ class Updates:
         (self.folder / "request.json").unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """What was fetched goes; the request stays as the mark of what was asked last. Raises OSError."""
+        """What was fetched goes, and what a cut left; the request stays as the mark of what was asked last. OSError."""
         self.tar.unlink(missing_ok=True)
+        for path in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.folder / "metadata", ignore_errors=True)
 
 

@@ -107,13 +107,17 @@ class Ground:
         return None
 
     def keep(self, course: Course) -> None:
-        """Durable on return. The mark ``pending`` stands as long as something is to be done: systemd looks for it."""
-        write_atomically(self.own / "state.json", course.model_dump_json().encode() + b"\n", mode=0o644)
+        """Durable on return. The mark ``pending`` stands as long as something is to be done: systemd looks for it.
+
+        It comes before the note and goes after it: a mark without a note is taken away by the next start, but nobody
+        would ever start for a note without a mark.
+        """
         pending = self.own / "pending"
+        if not course.has_ended and not pending.exists():
+            write_atomically(pending, b"", mode=0o644)
+        write_atomically(self.own / "state.json", course.model_dump_json().encode() + b"\n", mode=0o644)
         if course.has_ended:
             self.forget()
-        elif not pending.exists():
-            write_atomically(pending, b"", mode=0o644)
 
     @property
     def is_pending(self) -> bool:

@@ -78,8 +78,11 @@ class Updater:
         """
         self._ground.prepare()
         course = self._ground.course()
-        if course is None and self._ground.is_pending:
-            self._begin_anew()
+        if self._ground.is_pending:
+            if course is None:
+                self._begin_anew()
+            elif course.has_ended:
+                self._ground.forget()  # cut off just then: systemd would start this program for it again and again
         with contextlib.suppress(_Left):
             if course is not None and not course.has_ended and self._go_on(course):
                 return

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agent.cli.sealing import Sealed
-from agent.cli.service import CORE, LINK, SOCKETS, TARGET, Machine, check_service
+from agent.cli.service import CORE, LINK, PATHS, SOCKETS, TARGET, Machine, check_service
 from agent.core.health import Finding
 from agent.hardware.dropin import Allowance, dropin
 from tests.deploy.conftest import ROOT
@@ -70,8 +70,8 @@ def machine(tmp_path: Path) -> Path:
 def look(machine: Path, allowed: Allowance = NOTHING, **units: Any) -> list[Finding]:
     """Everything that is said. Nothing that this process may do is asked of the machine that it runs on."""
     given = {unit: ACTIVE | units.pop(name, {}) for unit, name in ((CORE, "core"), (LINK, "link"))}
-    for unit in SOCKETS:
-        given[unit] = {"ActiveState": "active"}
+    for unit in (*SOCKETS, *PATHS):
+        given[unit] = {"ActiveState": "active"} | units.pop(unit, {})
     return check_service(Machine(allowed, given.__getitem__, machine, UNITS, **units))
 
 
@@ -134,6 +134,17 @@ def test_what_systemd_knows(machine: Path) -> None:
     again = only(check(machine, core={"ActiveState": "activating", "Result": "exit-code"}))
     assert (again.level, again.text) == ("error", f"{CORE} fails again and again (exit-code)")
     assert only(check(machine, link={"ActiveState": "inactive"})).mend == f"systemctl start {TARGET}"
+
+
+@pytest.mark.parametrize("unit", PATHS)
+def test_nobody_who_waits_for_what_core_asks_of_root(machine: Path, unit: str) -> None:
+    found = only(check(machine, **{unit: {"ActiveState": "inactive"}}))
+    assert (found.level, found.text) == ("error", f"{unit} does not run")
+    assert found.mend == f"systemctl start {TARGET}"
+    found = only(check(machine, **{unit: {"ActiveState": "failed", "Result": "unit-start-limit-hit"}}))
+    assert (found.level, found.text) == ("error", f"{unit} failed (unit-start-limit-hit)")
+    (machine / "etc/systemd/system" / unit).unlink()
+    assert only(check(machine)).text == f"{unit} is missing"
 
 
 def test_accounts(machine: Path) -> None:

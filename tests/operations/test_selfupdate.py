@@ -260,3 +260,12 @@ def test_wrong_bytes_end_the_job_with_the_reason(device: Device) -> None:
         device.run("0.1.1")
     device.take_back("0.1.1")
     assert device.store.stats().reserved_bytes == 0
+
+
+def test_what_was_fetched_goes_and_what_a_cut_left_half_written(tmp_path: Path) -> None:
+    updates = Updates(tmp_path / "update", None)
+    updates.ask(Request(id="job-1-j1", version="0.1.1"))
+    for name in ("release.tar", ".tmp-verdict.json-0123"):
+        (updates.folder / name).write_bytes(b"half")
+    updates.clear()
+    assert [path.name for path in updates.folder.iterdir()] == ["request.json"]

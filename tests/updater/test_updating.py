@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from agent.base.errors import TryLaterError
 from agent.trust.releases import Verdict
+from agent.updater import ground as subject
 from tests.operations.deliveries import Operator
 from tests.updater.grounds import Machine, operator_with, wheelhouse
 
@@ -161,6 +163,50 @@ def test_cut_off_at_every_step_it_is_finished_or_taken_back(
         assert machine.running == model.running, name
         machine.require_tidy(*model.ground.environments())
         shutil.rmtree(machine.ground.root)
+
+
+@pytest.mark.parametrize(("version", "stage"), [("0.1.1", "kept"), ("0.1.2", "refused"), ("0.1.3", "returned")])
+def test_cut_off_between_the_note_and_its_mark_it_is_started_again_and_comes_to_rest(
+    tmp_path: Path, fleet: Operator, monkeypatch: pytest.MonkeyPatch, version: str, stage: str
+) -> None:
+    """Systemd starts the updater as long as the mark stands, and core asks while root says nothing of its request."""
+    write, forget = subject.write_atomically, subject.Ground.forget
+    for number in range(100):
+        machine = Machine(tmp_path / f"{number}", fleet)
+        machine.hand_over(version)
+        left = number
+
+        def burn() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+
+        def write_or_not(path: Path, data: bytes, *, mode: int) -> None:
+            burn()
+            write(path, data, mode=mode)
+
+        def forget_or_not(ground: subject.Ground) -> None:
+            burn()
+            forget(ground)
+
+        with monkeypatch.context() as patched, suppress(Killed):
+            patched.setattr(subject, "write_atomically", write_or_not)
+            patched.setattr(subject.Ground, "forget", forget_or_not)
+            machine.updater().run()
+        machine.start()
+        for _ in range(5):
+            course = machine.ground.course()
+            if course is not None and not machine.ground.is_pending:
+                break
+            machine.run()
+        else:
+            pytest.fail(f"cut at {number}, it never comes to rest: {course}")
+        assert course.stage == stage, (number, course)
+        machine.require_tidy(*(("0.1.0", "0.1.1") if stage == "kept" else ("0.1.0",)))
+        if left >= 0:
+            break
+    assert number > 5
 
 
 @pytest.mark.parametrize("version", ["0.1.1", "0.1.3"])
