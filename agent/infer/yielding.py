@@ -2,9 +2,10 @@
 
 Where nobody uses the cpu controller the kernel shares processors out among sessions, not processes (sched(7),
 autogroups). An idle task of the daemon's own session weighs as much as the daemon against an app in another session
-while the daemon itself sleeps; so the child has a session of its own, of the least weight. Its slice is the longest
-there is: who wakes up with a shorter one takes its place at once (Linux 6.12 and later; nothing else made the kernel
-do that across sessions).
+while the daemon itself sleeps; so the child has a session of its own, of a tenth of an app's weight: with the least
+there is, a sixtieth, a trial on a device whose processors are never idle would not end. Its slice is the longest there
+is: who wakes up with a shorter one takes its place at once (Linux 6.12 and later; nothing else made the kernel do that
+across sessions).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import os
 import platform
 from pathlib import Path
 
-_LEAST = 19
+#: Of the process, and of its session.
+_LEAST, _TENTH = 19, 10
 _SLICE_NS = 100_000_000
 #: sched_setattr(2), for which C libraries have no function.
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "armv7l": 380, "armv8l": 380}
@@ -49,7 +51,7 @@ def yield_to_others() -> None:
     """
     with contextlib.suppress(OSError):
         os.setsid()
-        Path("/proc/self/autogroup").write_text(str(_LEAST))
+        Path("/proc/self/autogroup").write_text(str(_TENTH))
     with contextlib.suppress(OSError):
         os.nice(_LEAST)
     with contextlib.suppress(OSError):

@@ -249,7 +249,7 @@ def test_children_run_when_nobody_else_wants_to():
 
     run(entrant("good", onnx_models.linear()), around=Surroundings(SystemClock(), progress=look))
     assert found == {(os.SCHED_BATCH, 19)}
-    assert sessions == ({"19"} if autogroups else set())
+    assert sessions == ({"10"} if autogroups else set())
 
 
 def test_energy_is_shared_among_the_runs_of_a_round():
