@@ -1,4 +1,4 @@
-"""How core is: what is wrong with it, and what ``status`` says. Told from any thread.
+"""How core is: what is wrong with it, and what ``status`` says.
 
 Each part tells of itself; here they are brought together.
 """

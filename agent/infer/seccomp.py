@@ -135,6 +135,14 @@ def _machine() -> tuple[int, int]:
         raise UnsupportedError(f"cannot confine a trial: no system call table for {name}") from None
 
 
+def number_of(name: str) -> int | None:
+    """The number of a system call of this table on this machine; None where it is not known."""
+    try:
+        return _NUMBERS[name][_machine()[0]]
+    except UnsupportedError:
+        return None
+
+
 def program_for(column: int, audit_arch: int, own_pid: int, *, rewrites: bool = False) -> bytes:
     """The classic BPF program: struct sock_filter entries, 8 bytes each. Pure.
 

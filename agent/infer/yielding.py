@@ -13,14 +13,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import platform
 from pathlib import Path
+
+from agent.infer.seccomp import number_of
 
 #: Of the process, and of its session.
 _LEAST, _TENTH = 19, 10
 _SLICE_NS = 100_000_000
-#: sched_setattr(2), for which C libraries have no function.
-_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "armv7l": 380, "armv8l": 380}
 
 
 class _Attributes(ctypes.Structure):
@@ -56,7 +55,7 @@ def yield_to_others() -> None:
         os.nice(_LEAST)
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    number = _SCHED_SETATTR.get(platform.machine())
+    number = number_of("sched_setattr")  # for which C libraries have no function
     if number is not None:
         wanted = _Attributes(ctypes.sizeof(_Attributes), os.SCHED_BATCH, 0, _LEAST, 0, _SLICE_NS, 0, 0)
         ctypes.CDLL(None).syscall(number, 0, ctypes.byref(wanted), 0)
