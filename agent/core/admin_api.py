@@ -34,8 +34,12 @@ _MAX_AXES = 32
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """``status`` and ``diagnose``: those of the commands; ``story`` adds to a model what is not in the catalog."""
+    """``status`` and ``diagnose``: those of the commands; ``story`` adds to a model what is not in the catalog.
 
+    ``look`` comes before ``status``.
+    """
+
+    look: Callable[[], Awaitable[None]]
     status: Callable[[], dict[str, Any]]
     diagnose: Callable[[], list[dict[str, Any]]]
     story: Callable[[str, dict[str, Any]], dict[str, Any]]
@@ -58,6 +62,7 @@ class AdminApi:
         self._installer = installer
         self._maintenance = maintenance
         self._operations = operations
+        self._look = documents.look
         self._status = documents.status
         self._diagnose = documents.diagnose
         self._story = documents.story
@@ -67,7 +72,7 @@ class AdminApi:
     def routes(self) -> list[Route]:
         """The table."""
         rows: list[tuple[str, str, Callable[[Request], Response | Awaitable[Response]]]] = [
-            ("GET", "/v1/status", lambda request: json_response(self._status())),
+            ("GET", "/v1/status", self._how_it_is),
             ("GET", "/v1/doctor", self._doctor),
             ("GET", "/v1/models", lambda request: json_response({"models": list_models(self._store.document)})),
             ("POST", "/v1/models", self._add),
@@ -77,7 +82,7 @@ class AdminApi:
             ("POST", "/v1/models/{name}/rollback", self._rollback),
             ("POST", "/v1/models/{name}/try", self._try),
             ("POST", "/v1/models/{name}/verify", self._verify_model),
-            ("GET", "/v1/store", lambda request: json_response(self._maintenance.stats())),
+            ("GET", "/v1/store", self._stats),
             ("POST", "/v1/store/verify", self._verify),
             ("POST", "/v1/store/gc", self._gc),
             ("POST", "/v1/store/rotate-key", self._rotate),
@@ -190,6 +195,14 @@ class AdminApi:
         return await self._do(request, "maintenance", lambda tell: {"tasks": self._upkeep.run(names, tell)})
 
     # -- the whole ------------------------------------------------------------------------------------------------
+
+    async def _how_it_is(self, request: Request) -> Response:
+        await self._look()
+        return json_response(self._status())
+
+    async def _stats(self, request: Request) -> Response:
+        """In a thread: it looks at every file."""
+        return json_response(await asyncio.get_running_loop().run_in_executor(None, self._maintenance.stats))
 
     async def _doctor(self, request: Request) -> Response:
         """Beside the operations: whoever asks may do so because the one under way does not end."""

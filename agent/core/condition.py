@@ -21,6 +21,7 @@ from agent.core.device import Device
 from agent.core.governing import Governing
 from agent.core.guarding import Guarding
 from agent.core.operating import Operations
+from agent.core.storecheck import StoreCheck
 from agent.core.upkeep import Upkeep
 from agent.hardware.sensors import read_sensors
 from agent.infer.engine import Engine
@@ -58,18 +59,27 @@ class Condition:
         self._parts = parts
         self._started = started
         self._seals = read_marks(parts.paths.run_dir)
+        self._store_check = StoreCheck(parts.store, lambda: parts.operations.tell_loop(self._tell_fleet))
+
+    async def look(self) -> None:
+        """Look at what costs time to look at, so that ``status`` is up to date."""
+        await self._store_check.look()
 
     def findings(self) -> list[health.Finding]:
-        """What is wrong, as far as it is quick to tell."""
+        """What is wrong, as far as it is quick to tell; of the store what is known."""
         parts, fleet = self._parts, self._parts.fleet()
         found = [
             *health.check_device(parts.device),
-            *health.check_store(parts.store),
+            *self._store_check.findings(),
             *parts.accelerators.findings(),
             *parts.governing.findings(),
             *parts.guarding.findings(),
         ]
         return found if fleet is None else [*found, *fleet.findings()]
+
+    def _tell_fleet(self) -> None:
+        if (fleet := self._parts.fleet()) is not None:
+            fleet.changed()
 
     def status(self) -> dict[str, Any]:
         """For ``status``; on the event loop's thread."""

@@ -288,7 +288,7 @@ class Core:
             self._installer,
             self._maintenance,
             self._operations,
-            Documents(self._condition.status, self._condition.diagnose, self._guarding.story),
+            Documents(self._condition.look, self._condition.status, self._condition.diagnose, self._guarding.story),
             self._upkeep,
             lambda: self._fleet,
         )

@@ -108,8 +108,8 @@ def check_runtimes(states: Mapping[str, RuntimeState], facts: Facts) -> list[Fin
 
 def check_store(store: Store) -> list[Finding]:
     """Key provider, recovery notes, damage, space."""
-    found = [Finding(item.code, item.level, item.text, item.mend) for item in store.doctor()]
-    stats = store.stats()
+    stats, problems = store.examine()
+    found = [Finding(item.code, item.level, item.text, item.mend) for item in problems]
     if stats.disk_free_bytes < _LEAST_FREE_BYTES:
         found.append(Finding("disk", "warning", f"{stats.disk_free_bytes >> 20} MB free", "free some space"))
     return found or [Finding("store", "ok", f"generation {stats.generation}, {stats.blobs} blobs")]

@@ -42,11 +42,16 @@ class RightOfWay:
     # -- children -----------------------------------------------------------------------------------------------------
 
     def add(self, child: subprocess.Popen[bytes]) -> None:
-        """It is there, and runs."""
+        """It is there, and runs unless requests hold the others."""
         with self._lock:
             first = not self._present
             self._present.add(child)
             self._running.add(child)
+            if first:  # what requests took before is not known: as if all the time, until they are seen to take less
+                self._load, self._busy_since = 1.0, time.monotonic()
+                self._quiet_since = self._busy_since
+            if self._held:
+                child.send_signal(signal.SIGSTOP)
         if first:
             self.watch(True)
 

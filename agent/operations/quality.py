@@ -160,7 +160,9 @@ class Quality:
 
     def problem(self, model: str, version: str) -> str:
         """Why its answers are held to be worse than in its first days; empty where they are not."""
-        history = self._histories.get((model, version)) or _History()
+        history = self._histories.get((model, version))
+        if history is None or not history.days:
+            return ""
         last = [day for day in sorted(history.days) if day not in history.first][-LAST_DAYS:]
         first, now = sum(history.first.values(), Counts()), sum((history.days[day] for day in last), Counts())
         if not has_fallen(first, now):

@@ -51,7 +51,7 @@ print(json.dumps(found))
 def rows() -> list[Route]:
     """Every row that core serves on the admin socket, as it makes them itself."""
     nothing: Any = SimpleNamespace()
-    api = AdminApi(nothing, nothing, nothing, nothing, Documents(dict, list, nothing), nothing, lambda: None)
+    api = AdminApi(nothing, nothing, nothing, nothing, Documents(nothing, dict, list, nothing), nothing, lambda: None)
     kept = CacheApi(nothing, nothing, nothing, nothing)
     incoming = IncomingApi(Desk(), DeliveryConfig)
     return [*api.routes(), *kept.routes(), *LinkApi(NoFleet).routes(), *incoming.routes()]

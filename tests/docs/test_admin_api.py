@@ -54,7 +54,7 @@ def test_the_document_has_each_row_of_the_table_with_its_right() -> None:
     table = {
         (row.method, row.pattern): row.right
         for row in [
-            *AdminApi(*[nothing] * 4, Documents(nothing, nothing, nothing), nothing, nothing).routes(),
+            *AdminApi(*[nothing] * 4, Documents(nothing, nothing, nothing, nothing), nothing, nothing).routes(),
             *CacheApi(*[nothing] * 4).routes(),
         ]
     }

@@ -92,6 +92,25 @@ def test_requests_that_take_little_time_hold_it_up_no_longer_than_they_last(
     assert runs(child)
 
 
+def test_before_requests_are_known_they_count_as_many(way: RightOfWay, child: subprocess.Popen[bytes]) -> None:
+    way.hold()
+    way.let_go()
+    assert not runs(child), "none has been seen to take little of the time"
+    assert goes_on(way, child)
+
+
+def test_one_that_starts_while_others_are_held_is_held_too(way: RightOfWay, child: subprocess.Popen[bytes]) -> None:
+    way.hold()
+    with subprocess.Popen([sys.executable, "-c", LOOP]) as later:
+        way.add(later)
+        assert not runs(later)
+        way.let_go()
+        assert goes_on(way, later)
+        way.take_out(later)
+        later.kill()
+    assert runs(child)
+
+
 def test_one_that_has_nothing_to_do_does_not_run_because_requests_end(
     way: RightOfWay, child: subprocess.Popen[bytes]
 ) -> None:
