@@ -414,6 +414,9 @@ trim_environment() {
         "$1/onnxruntime/tools" "$1/onnxruntime/transformers" "$1/onnxruntime/quantization" \
         "$1/ai_edge_litert/tools" "$1/ai_edge_litert/vendors" "$1/ai_edge_litert/aot" \
         "$1/ai_edge_litert/libLiteRtWebGpuAccelerator.so"
+    rm -f "$1"/numpy/_core/_simd.*.so "$1"/numpy/_core/*_tests.*.so
+    # Of its second interface, which the agent does not use; only where the package itself can do without.
+    if grep -qs 'isfile(_litert_so)' "$1/ai_edge_litert/__init__.py"; then rm -f "$1/ai_edge_litert/libLiteRt.so"; fi
     find "$1" -type f \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -o -name '*.h' -o -name '*.a' \) -delete
     has strip || return 0
     for file in "$1"/uvloop/*.so "$1"/cryptography/hazmat/bindings/*.so "$1"/ai_edge_litert/libpywrap*.so; do

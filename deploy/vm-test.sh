@@ -6,7 +6,7 @@
 #     --short      what CI runs: a boot, an activation, a hang, three power cuts; some four minutes
 #     --arch       the machine's architecture, by default this machine's own
 #     --only NAME  scenarios with NAME in their name (--list prints them); "a or b" for several
-#     --cuts N     power cuts, 50 by default
+#     --cuts N     power cuts, 50 by default; a quarter of them in updates of the agent
 #     --seed N     of the moments at which the power goes, 1 by default
 #     --json       the results as JSON on stdout, everything else on stderr
 #     --prepare    only bring the tools and make the image; what cannot be had is said on stdout, and the end is 1
@@ -64,6 +64,7 @@ fi
 ensure_venv "$ROOT/.venv" dev >&2
 export EDGE_AGENT_VM_ARCH="$arch" EDGE_AGENT_VM_CUTS="$cuts" EDGE_AGENT_VM_SEED="$seed"
 python="$ROOT/.venv/bin/python"
+files=(tests/vm/test_vm.py tests/vm/test_vm_cuts.py tests/vm/test_vm_update.py)
 reason="$("$python" -m tests.vm.image "$arch")"
 if [ "$prepare" = yes ]; then
     [ -n "$reason" ] || exit 0
@@ -72,7 +73,7 @@ if [ "$prepare" = yes ]; then
 fi
 [ -z "$reason" ] || die "cannot boot machines: $reason"
 if [ "$list" = yes ]; then
-    "$python" -m pytest -q --collect-only tests/vm/test_vm.py tests/vm/test_vm_cuts.py | sed -n 's/^.*::test_//p'
+    "$python" -m pytest -q --collect-only "${files[@]}" | sed -n 's/^.*::test_//p'
     exit 0
 fi
 
@@ -81,6 +82,6 @@ export EDGE_AGENT_VM_ROWS
 trap 'rm -f "$EDGE_AGENT_VM_ROWS"' EXIT
 code=0
 "$python" -m pytest -o cache_dir=.cache/pytest-vm -p no:xdist ${only:+-k "$only"} \
-    tests/vm/test_vm.py tests/vm/test_vm_cuts.py >&2 || code=$?
+    "${files[@]}" >&2 || code=$?
 [ "$json" = no ] || cat "$EDGE_AGENT_VM_ROWS"
 exit "$code"

@@ -41,34 +41,43 @@ class Shares:
         share = self.folder / "-".join(versions)
         share.mkdir()
         for version in versions:
-            wheels = self.releases.make(version)
+            wheels = self.wheels(version)
             if self.image.arch == images.native():
                 build(wheels, self.folder).rename(share / f"{version}.deb")
             else:
-                self._translate(wheels, share / version)
+                shutil.copytree(wheels, share / version)
+        return self.pack(share)
+
+    def pack(self, share: Path) -> Kit:
+        """A kit with what is in that folder, and what every machine needs; the folder goes."""
         for seed in range(MODELS):
             (share / f"{seed}.tflite").write_bytes(tflite_models.linear(seed))
         shutil.copy(Path(__file__).with_name("inside.py"), share)
         shutil.copy(INSTALL, share)
+        shutil.copytree(self.image.venv, share / "venv")
         disk = self.folder / f"{share.name}.img"
         images.pack(share, disk)
         shutil.rmtree(share)
         return Kit(self.image, disk)
 
-    def _translate(self, wheels: Path, folder: Path) -> None:
-        """The same wheels for the other architecture; without ONNX Runtime, which is not installed there."""
+    def wheels(self, version: str, *changes: tuple[str, str, str]) -> Path:
+        """A wheelhouse for the machines, without ONNX Runtime, which is not installed there; ``changes`` as there."""
+        wheels = self.releases.make(version, *changes)
+        for unwanted in wheels.glob("onnxruntime-*"):
+            unwanted.unlink()
+        if self.image.arch == images.native():
+            return wheels
+        folder = self.folder / f"wheels-{version}"
         folder.mkdir()
         binary = []
         for wheel in wheels.glob("*.whl"):
-            name, version = wheel.name.split("-")[:2]
-            if name == "onnxruntime":
-                continue
             if wheel.name.endswith("-any.whl"):
                 shutil.copy(wheel, folder)
             else:
-                binary.append(f"{name}=={version}")
+                binary.append("==".join(wheel.name.split("-")[:2]))
         for path in self._foreign(sorted(binary)).iterdir():
             shutil.copy(path, folder)
+        return folder
 
     def _foreign(self, wanted: list[str]) -> Path:
         machine = images.QEMU[self.image.arch]
@@ -89,6 +98,12 @@ def install(machine: Machine, version: str) -> dict[str, Any]:
     """Install that version over whatever is there; the run of it."""
     if machine.kit.image.arch == images.native():
         return _run(machine, "dpkg", "--force-confold", "-i", f"{SHARE}/{version}.deb")
+    return install_by_script(machine, version)
+
+
+def install_by_script(machine: Machine, version: str) -> dict[str, Any]:
+    """The same, with an environment that the machine makes itself of the wheels in that folder."""
+    _run(machine, "sh", "-c", f"set -- {SHARE}/venv/*.deb; [ ! -e $1 ] || dpkg -i $@")
     return _run(machine, "bash", f"{SHARE}/install.sh", "--runtime", "tflite", "--offline", f"{SHARE}/{version}")
 
 

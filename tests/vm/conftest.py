@@ -23,6 +23,8 @@ from tests.vm.machine import Kit, Machine, MachineError
 
 ARCH = os.environ.get("EDGE_AGENT_VM_ARCH") or images.native()
 CUTS = int(os.environ.get("EDGE_AGENT_VM_CUTS") or 50)
+#: The dearer ones, of updates of the agent; the store's are the rest.
+UPDATE_CUTS = CUTS // 4
 SEED = int(os.environ.get("EDGE_AGENT_VM_SEED") or 1)
 #: An emulated processor now and then stands still for seconds: neither a verdict over a version nor an answer that
 #: waits for a start may depend on it.

@@ -46,13 +46,15 @@ MASKED = (
     "getty@tty1.service", "serial-getty@ttyS0.service", "serial-getty@ttyAMA0.service",
 )  # fmt: skip
 
-#: Kernel and busybox are fetched and not installed: installing would make a ramdisk, for a minute.
+#: Kernel and busybox are fetched and not installed: installing would make a ramdisk, for a minute. Nor is what makes
+#: virtual environments, without which the agent's package has to do: only scenarios with deploy/install.sh put it.
 FETCH = """set -e
 export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
-mkdir "$1/fetched"
+mkdir -p "$1/fetched" "$1/venv/partial"
 cd "$1/fetched"
 kernel="$(apt-cache depends {kernel} | sed -n 's/^ *Depends: \\(linux-image-[0-9].*\\)$/\\1/p' | head -n 1)"
 apt-get -qq download "$kernel" busybox-static
+apt-get -qq -y --download-only -o Dir::Cache::archives="$1/venv" install python3-venv
 """
 FILES = {
     "etc/hostname": "edge\n",
@@ -81,13 +83,17 @@ exec busybox switch_root /root /sbin/init
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """Files of one machine: the root file system is to be used as a base and never written to."""
+    """Files of one machine: the root file system is to be used as a base and never written to.
+
+    ``venv`` is a folder of packages that are not installed: what the system's Python makes environments with.
+    """
 
     arch: str
     suite: str
     root: Path
     kernel: Path
     ramdisk: Path
+    venv: Path
 
 
 def native() -> str:
@@ -149,7 +155,7 @@ def image(arch: str) -> Image:
                 for old in CACHE.glob(f"{codename}-{arch}-*"):
                     shutil.rmtree(old)
                 (Path(work) / "made").rename(folder)
-    return Image(arch, codename, folder / "root.img", folder / "kernel", folder / "ramdisk")
+    return Image(arch, codename, folder / "root.img", folder / "kernel", folder / "ramdisk", folder / "venv")
 
 
 def _make(arch: str, codename: str, work: Path) -> None:
@@ -157,8 +163,7 @@ def _make(arch: str, codename: str, work: Path) -> None:
     made.mkdir()
     hook = work / "fetch"
     hook.write_text(FETCH.format(kernel=f"linux-image-cloud-{arch}"))
-    # Elsewhere the package cannot be built, and the installer makes the environment on the machine itself.
-    packages = (*PACKAGES, *TPM.get(codename, ()), *(() if arch == native() else ("python3-venv",)))
+    packages = (*PACKAGES, *TPM.get(codename, ()))
     run(
         "mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", f"--architectures={arch}",
         f"--include={','.join(packages)}", "--dpkgopt=path-exclude=/usr/share/doc/*",
@@ -169,6 +174,10 @@ def _make(arch: str, codename: str, work: Path) -> None:
     for package in (root / "fetched").iterdir():
         run("dpkg-deb", "-x", package, fetched)
     shutil.rmtree(root / "fetched")
+    (made / "venv").mkdir()
+    for package in (root / "venv").glob("*.deb"):
+        shutil.move(package, made / "venv")
+    shutil.rmtree(root / "venv")
     release = next((fetched / "lib/modules").iterdir()).name
     shutil.copytree(fetched / "lib/modules", root / "usr/lib/modules", symlinks=True, dirs_exist_ok=True)
     run("chroot", root, "depmod", release)

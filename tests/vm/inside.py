@@ -119,6 +119,24 @@ def state() -> dict[str, int]:
     return {str(path): path.stat().st_size for path in sorted(found) if path.is_file()}
 
 
+# -- updates ----------------------------------------------------------------------------------------------------------
+
+
+def deliver(stick: str) -> None:
+    """Bring what is on the artefacts' disk as a stick; it goes on by itself."""
+    silent = subprocess.DEVNULL
+    subprocess.Popen(["edge-agent", "deliver", str(HERE / stick)], stdin=silent, stdout=silent, stderr=silent)
+
+
+def stage(version: str, job: str) -> str:
+    """How far the update to that version is: "" before its job is known, "fetching" before root knows of it."""
+    note = Path("/opt/edge-agent/update/state.json")
+    course = json.loads(note.read_text()) if note.exists() else {}
+    if course.get("version") == version:
+        return str(course["stage"])
+    return "fetching" if ask("GET", f"/v1/jobs/{job}")["status"] == 200 else ""
+
+
 # -- load -------------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +317,7 @@ class First(threading.Thread):
             time.sleep(0.1)
         core = states()[0]
         try:
-            answer = infer()
+            answer = infer(timeout=600)
         except (OSError, http.client.HTTPException) as error:
             answer = {"error": repr(error)}
         self.answer = {**answer, "at_s": round(time.monotonic(), 2), "core_was": core}
@@ -310,7 +328,7 @@ first = First()
 
 def first_answer() -> dict[str, object]:
     """That answer, with seconds since the kernel started."""
-    first.join(240)
+    first.join(600)
     reached = int(show("multi-user.target", ["ActiveEnterTimestampMonotonic"])["ActiveEnterTimestampMonotonic"]) / 1e6
     return {**first.answer, "multi_user_s": round(reached, 2)}
 
@@ -318,7 +336,8 @@ def first_answer() -> dict[str, object]:
 # -- the port ---------------------------------------------------------------------------------------------------------
 
 CALLS: dict[str, Callable[..., object]] = {call.__name__: call for call in (
-    run, ask, infer, add, show, pid_of, states, send, write, files, state, load, unload, hog, probe, idle, first_answer,
+    run, ask, infer, add, show, pid_of, states, send, write, files, state, deliver, stage, load, unload, hog, probe,
+    idle, first_answer,
 )}  # fmt: skip
 
 
