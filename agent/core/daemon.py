@@ -41,7 +41,7 @@ from agent.core.incoming_api import IncomingApi
 from agent.core.limits import gid_of, infer_limits, model_rules, uid_of
 from agent.core.link_api import LinkApi, NoFleet
 from agent.core.measuring import Measuring
-from agent.core.memory import Pages, settle
+from agent.core.memory import Pages, settle, spare
 from agent.core.operating import Operations
 from agent.core.reviewing import Reviews
 from agent.core.tasks import Means
@@ -396,6 +396,7 @@ class Core:
             shelf_from(document, self._store.read, self._device.threads, self._measuring.form_key, self._models_set)
         )
         self._guarding.shown(document)
+        spare()
 
     def _load_now(self, model: str, version: str) -> None:
         self._operations.await_on_loop(self._engine.preload(model, version))

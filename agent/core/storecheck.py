@@ -19,7 +19,7 @@ from agent.store.store import Store
 
 _LOG = logging.getLogger("edge_agent.store")
 #: Files, their modes and the room on the disk may change without a change of the catalog: known for so many seconds.
-_KEPT_S = 10.0
+_KEPT_S = 30.0
 #: Who waits for a look waits no longer: the disk may hang, and what is known is better than nothing.
 _PATIENCE_S = 2.0
 

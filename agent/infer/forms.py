@@ -16,6 +16,8 @@ from agent.infer.runtimes.base import PLAIN, Route
 ROUTES = (PLAIN, Route("ort"), Route("mapped"), Route("mapped", prepack=False), Route("ort", prepack=False))
 #: Runs that differ by less are equally fast: this share, and this many seconds.
 _TIE, _TIE_S = 1.1, 20e-6
+#: Forms that answer first in so much of the fastest one's time are equally fast: the least memory decides.
+_NEAR = 1.1
 #: A form is worth its place on the disk when it answers in so much of the plain one's time.
 _GAIN = 0.9
 #: Two forms are worth two loads when the first one answers in so much of the other's time.
@@ -72,11 +74,17 @@ def choose_forms(figures: Sequence[Figures]) -> tuple[Figures, ...]:
     plain = next(one for one in figures if one.route == PLAIN)
     best_s = min(one.run_s for one in figures)
     steady = [one for one in figures if one.run_s <= max(best_s * _TIE, best_s + _TIE_S)]
-    alone = min(steady, key=lambda one: (one.answer_s, one.memory))
-    first = min(figures, key=lambda one: (one.answer_s, one.memory))
+    alone, first = _quickest(steady), _quickest(figures)
     if first.answer_s < _FIRST_GAIN * alone.answer_s:
         return first, min(steady, key=lambda one: (one.memory, one.load_s))
     return (alone,) if alone.answer_s < _GAIN * plain.answer_s else (plain,)
+
+
+def _quickest(figures: Sequence[Figures]) -> Figures:
+    """Which answers first; of several that are near, that which takes the least memory with its plaintext."""
+    best_s = min(one.answer_s for one in figures)
+    near = (one for one in figures if one.answer_s <= best_s * _NEAR)
+    return min(near, key=lambda one: (one.own + one.size, one.answer_s))
 
 
 def needs_file(chosen: Sequence[Figures]) -> bool:

@@ -30,8 +30,9 @@ from agent.infer.tiers import Action, Blob, Event
 from agent.infer.weighing import Scales
 
 MIB = 1 << 20
-#: Growth of the process beyond what its sessions account for that is nobody's business, in bytes.
-_SLACK = 16 * MIB
+#: Growth of the process beyond what its sessions account for that is nobody's business: a share of the budget, within
+#: these bytes.
+_SLACK, _LEAST_SLACK, _MOST_SLACK = 1 / 16, 4 * MIB, 16 * MIB
 _LOG = logging.getLogger("edge_agent.engine")
 _T = TypeVar("_T")
 
@@ -40,6 +41,8 @@ _T = TypeVar("_T")
 class EngineLimits:
     """Bytes of everything loaded, requests that may wait for one model, threads that run sessions, loads at once.
 
+    ``lanes``: of three, two may be slow loads. **Measured** on two cores with 1,000 models: with one slow load at a
+    time they waited for each other five times as long as they took.
     A load that takes longer than ``load_s`` is given up; the trial's own limit is far below it. ``keep_s``: how long
     what nobody uses stays in memory. ``pinned_share`` of the budget may be pinned. ``weigh_s``: how often the process
     is weighed after something changed, so that what sessions take beyond their measurements counts as well; 0: never.
@@ -50,7 +53,7 @@ class EngineLimits:
     queue_per_model: int = 64
     workers: int = 1
     load_s: float = 300.0
-    lanes: int = 2
+    lanes: int = 3
     keep_s: float = tiers.FOREVER
     pinned_share: float = 0.5
     weigh_s: float = 0.0
@@ -196,7 +199,7 @@ class Loader:
             "budget_mb": round(self._limits().budget_mb, 1),
             "held_mb": round(self._machine.held / MIB, 1),
             "cached_mb": round(self._reserved / MIB, 1),
-            "unaccounted_mb": round(max(0, self._beyond - self._reserved - _SLACK) / MIB, 1),
+            "unaccounted_mb": round(max(0, self._beyond - self._reserved - self._slack) / MIB, 1),
             "hot": len(self._sessions),
             "warm": len(self._plaintexts),
             **{name: self.counts[name] for name in ("loads", "failed", "demoted", "evicted")},
@@ -395,12 +398,16 @@ class Loader:
         every = self._limits().weigh_s
         if every and self._scales.due(time.monotonic(), every):
             self._beyond = self._scales.beyond(self._machine.sessions_held)
-            self._set_budget(_SLACK // 4)
+            self._set_budget(self._slack // 4)
+
+    @property
+    def _slack(self) -> int:
+        return max(_LEAST_SLACK, min(_MOST_SLACK, int(self._limits().budget_mb * MIB * _SLACK)))
 
     def _set_budget(self, step: int) -> None:
         """What is left for models, where it is another by more than ``step`` bytes."""
         whole = int(self._limits().budget_mb * MIB)
-        budget = max(whole - self._reserved - max(0, self._beyond - self._reserved - _SLACK), whole // 4)
+        budget = max(whole - self._reserved - max(0, self._beyond - self._reserved - self._slack), whole // 4)
         if abs(budget - self._machine.budget) > step:
             self._feed(tiers.Budget(budget))
 

@@ -48,6 +48,25 @@ def test_everything_still_works_after_it_was_let_go_of():
     assert done.returncode == 0, done.stderr
 
 
+def test_what_is_to_stay_is_passed_over_by_collections_and_goes_all_the_same_when_nobody_wants_it_any_more():
+    script = (
+        "import gc\n"
+        "from agent.core.memory import spare\n"
+        "def made():\n"
+        "    return [{'of': [number]} for number in range(50_000)]\n"
+        "kept = made()\n"
+        "spare()\n"
+        "first = gc.get_freeze_count()\n"
+        "assert first > 100_000 and len(gc.get_objects()) < 10_000, (first, len(gc.get_objects()))\n"
+        "for _ in range(5):\n"
+        "    kept = made()\n"
+        "    spare()\n"
+        "assert gc.get_freeze_count() < first + 1_000, (gc.get_freeze_count(), first)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_start_imports_neither_runtimes_nor_what_tries_models_nor_the_client():
     script = "import sys, agent.cli.device, agent.core.daemon; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

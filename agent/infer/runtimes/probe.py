@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -115,4 +116,5 @@ class Runtimes:
             if not state.usable:
                 raise UnsupportedError(f"cannot load runtime '{name}': {state.reason}")
             self._loaded[name] = load_runtime(name)
+            gc.freeze()  # tens of thousands of objects that stay: full collections need not walk them
         return self._loaded[name]
