@@ -8,6 +8,7 @@ over its size, on top of an age that rises with each eviction, so that what is n
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
@@ -59,31 +60,39 @@ class Worth:
 
 
 def choose(
-    candidates: Iterable[_H], short: int, size_of: Callable[[_H], int], after: Callable[[_H], _H | None]
+    candidates: Iterable[_H],
+    short: int,
+    size_of: Callable[[_H], int],
+    behind: Callable[[_H], _H | None],
+    users_of: Callable[[_H], int],
 ) -> list[_H]:
     """The least worthy that free ``short`` bytes, in the order of going, without any that is not needed.
 
-    Everything that there is when that is too little. ``after`` tells what can go only after a candidate.
+    Everything that there is when that is too little. ``behind`` tells what a candidate uses, which can go only after
+    all of its users.
     """
     heap = [(held.score, held.used_at, index, held) for index, held in enumerate(candidates)]
     heapq.heapify(heap)
     chosen: list[_H] = []
+    users: Counter[int] = Counter()
     freed, pushed = 0, len(heap)
     while freed < short and heap:
         held = heapq.heappop(heap)[3]
         chosen.append(held)
         freed += size_of(held)
-        if (then := after(held)) is not None:
-            heapq.heappush(heap, (then.score, then.used_at, pushed, then))
-            pushed += 1
-    return _needed(chosen, freed - short, size_of, after)
+        if (then := behind(held)) is not None:
+            users[id(then)] += 1
+            if users[id(then)] == users_of(then):
+                heapq.heappush(heap, (then.score, then.used_at, pushed, then))
+                pushed += 1
+    return _needed(chosen, freed - short, size_of, behind)
 
 
-def _needed(chosen: list[_H], spare: int, size_of: Callable[[_H], int], after: Callable[[_H], _H | None]) -> list[_H]:
+def _needed(chosen: list[_H], spare: int, size_of: Callable[[_H], int], behind: Callable[[_H], _H | None]) -> list[_H]:
     """Without those that the spare bytes make superfluous, the worthiest first."""
     needed = list(chosen)
     for held in sorted(chosen, key=lambda one: (one.score, one.used_at), reverse=True):
-        then = after(held)
+        then = behind(held)
         if size_of(held) <= spare and not any(other is then for other in needed):
             spare -= size_of(held)
             needed = [other for other in needed if other is not held]

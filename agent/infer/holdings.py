@@ -190,13 +190,12 @@ class Holdings:
     ) -> list[Session | Plaintext]:
         """What goes of these to free ``short`` bytes; after a session also what it was made of, other than ``but``."""
 
-        def after(held: Session | Plaintext) -> Plaintext | None:
+        def behind(held: Session | Plaintext) -> Plaintext | None:
             if isinstance(held, Plaintext) or not held.item.shares or held.item.blob == but:
                 return None
-            plaintext = self.plaintexts.get(held.item.blob)
-            return plaintext if plaintext is not None and plaintext.users == 1 else None
+            return self.plaintexts.get(held.item.blob)
 
-        return choose(candidates, short, size_of, after)
+        return choose(candidates, short, size_of, behind, _users_of)
 
     def spare(self, but: Blob | None = None) -> list[Plaintext]:
         """Plaintexts that can go now."""
@@ -205,6 +204,10 @@ class Holdings:
     def ready(self, *, busy: bool) -> list[Session]:
         """Sessions that answer: those that somebody is at, or those that nobody is at."""
         return [s for s in self.sessions.values() if s.state is State.READY and bool(s.busy) is busy]
+
+
+def _users_of(held: Session | Plaintext) -> int:
+    return held.users if isinstance(held, Plaintext) else 0
 
 
 def size_of(held: Session | Plaintext) -> int:

@@ -220,6 +220,15 @@ def test_only_pinned_models_can_keep_another_out_and_then_it_is_told():
     assert tiers_of(made)["b"] == "hot"
 
 
+def test_a_plaintext_that_two_sessions_are_made_of_goes_after_both():
+    both = {name: item(10, plaintext=30, blob="same", shares=True) for name in ("one", "other")}
+    made = device(100, **both, large=item(100, plaintext=0))
+    hot(made, "one")
+    hot(made, "other")
+    hot(made, "large")
+    assert tiers_of(made) == {"one": "cold", "other": "cold", "large": "hot"}
+
+
 def test_small_ones_behind_a_large_one_use_only_what_it_does_not_need():
     made = device(100, lanes=2, large=item(90), busy=item(50), small=item(10, load_s=0.001, read_s=0))
     made.ask("busy")
@@ -363,7 +372,7 @@ class Held:
 
 
 def going(held, short):
-    return [one.name for one in choose(held, short, lambda one: one.size, lambda one: None)]
+    return [one.name for one in choose(held, short, lambda one: one.size, lambda one: None, lambda one: 0)]
 
 
 def test_the_least_worthy_go_and_none_that_is_not_needed():
