@@ -101,7 +101,8 @@ class Loader:
         self._sessions: dict[SessionName, Session] = {}
         self._plaintexts: dict[Blob, contextlib.ExitStack] = {}
         self._descriptors: dict[Blob, int] = {}
-        self._leaving: list[tuple[Event, Callable[[], None]]] = []  # what is being closed, and what is to be
+        self._leaving: list[tuple[Event, Callable[[], None]]] = []  # what is to be closed
+        self._closing = False
         self._waiters: dict[int, asyncio.Future[None]] = {}
         self._tickets = itertools.count(1)
         self._errors: dict[SessionName, BaseException] = {}
@@ -363,22 +364,26 @@ class Loader:
 
     def _close_soon(self, event: Event, close: Callable[[], None]) -> None:
         self._leaving.append((event, close))
-        if len(self._leaving) == 1:
+        if not self._closing:
+            self._closing = True
             self._begin(self._close_all())
 
     async def _close_all(self) -> None:
         """Close in a thread, all that has come together in one go: one at a time the closing thread and this one would
         wait for the interpreter in turns, 1 ms for each session, of which a large model displaces twenty."""
-        while self._leaving:
-            batch = self._leaving[:]
-            try:
-                await asyncio.get_running_loop().run_in_executor(self._closer, _call_each, [work for _, work in batch])
-            finally:
-                del self._leaving[: len(batch)]
-                for event, _ in batch:
-                    self._feed(event)
-            self._returning.freed()
-            self._weigh_soon()
+        try:
+            while self._leaving:
+                batch, self._leaving = self._leaving, []
+                work = [close for _, close in batch]
+                try:
+                    await asyncio.get_running_loop().run_in_executor(self._closer, _call_each, work)
+                finally:
+                    for event, _ in batch:
+                        self._feed(event)
+                self._returning.freed()
+                self._weigh_soon()
+        finally:
+            self._closing = False
 
     def _open(self, opening: Opening) -> Session:
         """Decrypt and load; in a loading thread."""

@@ -109,6 +109,25 @@ def test_each_of_a_hundred_requests_for_ten_models_that_never_fit_together_is_an
     drive(story, queue_per_model=100)
 
 
+def test_many_that_go_at_once_for_a_large_one_go_once_each_with_what_they_are_made_of(caplog):
+    def model(name, need_mb, size_mb):
+        return served(name, replace(kept(small(), need_mb, size_mb), shares=True))
+
+    async def story(engine):
+        engine.put(shelf(*(model(f"m{n}", 1, 2) for n in range(12)), model("large", 20, 16)))
+        for _ in range(12):
+            await asyncio.gather(*(answer(engine, f"m{n}") for n in range(12)))
+            await asyncio.gather(answer(engine, "large"), answer(engine, "m0"))
+        for n in range(12):
+            engine.unload(f"m{n}")
+        engine.unload("large")
+        await until(lambda: engine.memory()["held_mb"] == 0)
+        assert (engine.memory()["hot"], engine.memory()["warm"]) == (0, 0)
+
+    drive(story, budget_mb=38, queue_per_model=100)
+    assert "out of step" not in caplog.text
+
+
 def test_keep_alive_of_a_request_and_of_all():
     async def story(engine):
         engine.put(shelf(served("m", kept(small()))))
