@@ -33,25 +33,36 @@ UNMEASURED_MB = 8.0
 NOTHING_WANTED: Mapping[str, ModelConfig] = MappingProxyType({})
 
 
+#: What was made of an entry, and of what the device's owner wanted, by model and version.
+Known = dict[tuple[str, str], tuple[VersionEntry, tuple[ModelConfig | None, ModelConfig | None], Served]]
+
+
 def shelf_from(
     document: CatalogDocument,
     open_blob: OpenBlob,
     threads: int,
     form_key: FormKey = no_forms,
     wanted: Mapping[str, ModelConfig] = NOTHING_WANTED,
+    known: Known | None = None,
 ) -> Shelf:
     """Everything that is installed. ``threads``: of one run, where nothing was measured. ``wanted``: by the device's
-    owner, for single models."""
+    owner, for single models. ``known``: what the last call has made, of which whatever has not changed is taken over;
+    it becomes what this one has made."""
     wish = as_wanted(wanted)
-    versions = {
-        (name, version): _as_set(
-            _served(name, version, entry, open_blob, threads, form_key, wish), entry.manifest, wanted.get(name)
-        )
-        for name, model in document.models.items()
-        for version, entry in model.versions.items()
-    }
+    made: Known = {}
+    for name, model in document.models.items():
+        for version, entry in model.versions.items():
+            before = (known or {}).get((name, version))
+            settings = wanted.get(name), wanted.get(entry.manifest.name)
+            if before is None or before[0] is not entry or before[1] != settings:
+                served = _served(name, version, entry, open_blob, threads, form_key, wish)
+                before = entry, settings, _as_set(served, entry.manifest, settings[0])
+            made[name, version] = before
+    if known is not None:
+        known.clear()
+        known.update(made)
     active = {name: model.active for name, model in document.models.items() if model.active is not None}
-    return Shelf(versions, active)
+    return Shelf({key: served for key, (_, _, served) in made.items()}, active)
 
 
 def _as_set(served: Served, manifest: Manifest, settings: ModelConfig | None) -> Served:

@@ -19,7 +19,7 @@ from agent.base.errors import DamagedError, PeerError
 from agent.base.files import TEMPORARY_PREFIX, fsync_directory, read_bounded, write_atomically
 from agent.store import stream
 from agent.store.age import FILE_KEY_BYTES, AgeError, parse_header
-from agent.store.document import MAX_DOCUMENT_BYTES, CatalogDocument, decode, encode
+from agent.store.document import MAX_DOCUMENT_BYTES, CatalogDocument, Encoded, decode, encode
 from agent.store.faults import reading
 from agent.store.headers import Ring
 from agent.store.keys import DeviceSecret
@@ -119,18 +119,18 @@ class Catalog:
             raise DamagedError(f"cannot read catalog generation {number}: it says that it is {document.generation}")
         return Generation(number, key_id, document, hashlib.sha256(data).hexdigest())
 
-    def save(self, document: CatalogDocument, secret: DeviceSecret) -> Generation:
-        """Write ``document`` under its own number, then point to it.
+    def save(self, document: CatalogDocument, secret: DeviceSecret, before: Encoded | None = None) -> Generation:
+        """Write ``document`` under its own number, then point to it. ``before`` as in ``encode``.
 
         Raises PeerError when it does not agree with itself, OSError; then the state before is the state.
         """
-        data, checked = encode(document)
+        encoded = encode(document, before)
         number = document.generation
         file_key = self._random(FILE_KEY_BYTES)
         salt = self._random(SALT_BYTES)
         header = seal(file_key, secret.key_id, secret.kek, catalog_purpose(number), salt)
-        sealed = header + b"".join(stream.encrypt(file_key, self._random(stream.NONCE_BYTES), [data]))
-        generation = Generation(number, secret.key_id, checked, hashlib.sha256(sealed).hexdigest())
+        sealed = header + b"".join(stream.encrypt(file_key, self._random(stream.NONCE_BYTES), [encoded.data]))
+        generation = Generation(number, secret.key_id, encoded.document, hashlib.sha256(sealed).hexdigest())
         with self._restored_on_failure(number):
             self._step("generation sealed")
             write_atomically(self._path(number), sealed)

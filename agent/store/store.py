@@ -18,6 +18,7 @@ import secrets
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -407,13 +408,14 @@ class Store:
     def _commit(self, change: Change, secret: DeviceSecret) -> CatalogDocument:
         now = self._now()
         noted = frozenset(self._damage)
-        wanted = marked(change(encode(now.document)[1]), noted, frozenset())
+        copied = encode(now.document)
+        wanted = marked(change(copied.document), noted, frozenset())
         numbers = [now.number, *self._catalog.numbers()]
         document = wanted.model_copy(update={"generation": max(numbers) + 1, "saved_at": iso(self._clock.now())})
         self._require_durable(now.document, document)
         with storage("cannot save catalog"):
             with self._pace.timed("saving the catalog"):
-                saved = self._catalog.save(document, secret)
+                saved = self._catalog.save(document, secret, replace(copied, document=now.document))
             self._current, self._previous = saved, now
             for ref in saved.document.refs():
                 self._pending.pop(ref.payload, None)

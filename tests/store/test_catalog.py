@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from agent.base import files as files_module
-from agent.base.errors import DamagedError, TryLaterError
+from agent.base.errors import DamagedError, PeerError, TryLaterError
+from agent.store.document import CatalogDocument
 from agent.store.keys import DeviceKeys
 from agent.store.store import Store
 from tests.store.conftest import MIB, install, plain, reopened, without_model
@@ -147,3 +148,33 @@ def test_files_that_somebody_left_there_are_reported_and_stay(store: Store) -> N
     assert {"foreign", "mode"} <= codes
     store.gc()
     assert (store.root / "blobs" / "README").exists()
+
+
+def test_what_a_commit_leaves_as_it_was_is_neither_read_again_nor_the_changer_s_to_touch(store: Store) -> None:
+    install(store, "digits", "1.0.0", {"m.onnx": b"one"})
+    install(store, "faces", "1.0.0", {"m.onnx": b"two"})
+    before = store.document
+    kept: list[CatalogDocument] = []
+
+    def change(document: CatalogDocument) -> CatalogDocument:
+        kept.append(document)
+        pinned = document.models["digits"].model_copy(update={"pinned": True})
+        return document.model_copy(update={"models": {**document.models, "digits": pinned}})
+
+    after = store.commit(change)
+    assert after.models["faces"] is before.models["faces"]
+    assert after.models["digits"].pinned and not before.models["digits"].pinned
+    kept[0].models["faces"].versions.clear()
+    kept[0].models["digits"].versions["1.0.0"].blobs.clear()
+    assert store.document == after and len(list(store.document.refs())) == 2
+    with reopened(store) as again:
+        assert again.document == after
+
+
+@pytest.mark.parametrize("name", ['"', "", "a b", "../a", "a" * 200])
+def test_a_name_that_is_none_is_not_written(store: Store, name: str) -> None:
+    install(store, "digits", "1.0.0", {"m.onnx": b"one"})
+    entry = store.document.models["digits"]
+    with pytest.raises(PeerError, match="cannot use catalog"):
+        store.commit(lambda document: document.model_copy(update={"models": {**document.models, name: entry}}))
+    assert list(store.document.models) == ["digits"]

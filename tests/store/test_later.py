@@ -18,7 +18,7 @@ from tests.store.conftest import install
 
 def later(store: Store, **more: Any) -> bytes:
     """The catalog as a release to come writes it: with more than this one knows."""
-    document = json.loads(encode(store.document)[0])
+    document = json.loads(encode(store.document).data)
     document |= {"orbit": {"height": 400}, **more}
     document["models"]["digits"]["colour"] = "red"
     version = document["models"]["digits"]["versions"]["1.0.0"]
@@ -66,4 +66,4 @@ def keys_of(store: Store) -> Path:
 
 
 def test_an_empty_document_is_what_it_was() -> None:
-    assert decode(encode(CatalogDocument())[0]) == CatalogDocument()
+    assert decode(encode(CatalogDocument()).data) == CatalogDocument()
