@@ -134,7 +134,7 @@ def prepare(machine: Machine) -> float:
     return seconds
 
 
-def look(machine: Machine, release: Release) -> None:
+def look(machine: Machine, release: Release, watch: Watch) -> None:
     """After a boot: a whole environment of one of both versions, a right answer, a store without a fault."""
     command(machine, "test", "-f", f"{HOME}/current/.installed")
     version = command(machine, f"{HOME}/current/bin/edge-agent", "--version")["out"].split()[-1]
@@ -142,6 +142,10 @@ def look(machine: Machine, release: Release) -> None:
     # A poisoned release has to die three times before.
     first = machine.do("first_answer", timeout=600)
     assert first.get("status") == 200 and right(first), (release, first)
+    # Its job was there: it must be now. Whoever brings the release comes again, first, since an operation that fetches
+    # keeps others waiting, the look through the store among them.
+    if not has_ended(machine, release) and watch.stage(release) == "fetching":
+        machine.do("deliver", stick=release.stick)
     machine.wait_until("the store is looked through", lambda: is_verified(machine))
 
 
@@ -203,10 +207,7 @@ def test_update_cuts(shares: Shares, switch_on: SwitchOn, tmp_path: Path, count:
             lost += machine.cut(chance, survives=chance.choice((0, 0.5)))
             watch.forget()
             machine.boot()
-            look(machine, release)
-            # Its job was there: it must be now. Whoever brings the release comes again.
-            if not has_ended(machine, release) and watch.stage(release) == "fetching":
-                machine.do("deliver", stick=release.stick)
+            look(machine, release, watch)
         watch.reach(release, "kept")
         machine.wait_until(f"{release.job} has ended", lambda: has_ended(machine, release))  # noqa: B023 - called here
         if not release.poisoned:
