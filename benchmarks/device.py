@@ -29,7 +29,7 @@ from agent.infer.tensors import InferRequest, InferResponse, Tensor
 from agent.operations.forms import form_keys, forms_hold, records_of
 from agent.operations.install import AddRequest, Installer, Preparing, Serving
 from agent.operations.measured import DeviceView, outdated
-from agent.operations.shelving import shelf_from
+from agent.operations.shelving import Shelves
 from agent.store.document import VersionEntry
 from agent.store.keys import DeviceKeys
 from agent.store.store import Store
@@ -91,7 +91,7 @@ class Device:
 
     def shelf(self) -> Shelf:
         """What the catalog holds now, for the engine."""
-        return shelf_from(self.store.document, self.store.read, self.threads, self.form_key)
+        return Shelves(self.store.read, self.threads, self.form_key).shelf(self.store.document)
 
     def _installer(self) -> Installer:
         view = self._view()

@@ -55,7 +55,7 @@ from agent.infer.wishes import Wishes
 from agent.operations.install import Installer, Serving
 from agent.operations.maintain import Maintenance
 from agent.operations.measured import outdated
-from agent.operations.shelving import Known, shelf_from
+from agent.operations.shelving import Shelves
 from agent.serve.admin import ADMIN_LIMITS, admin_server
 from agent.serve.inference import Inference
 from agent.serve.limits import MIB
@@ -104,7 +104,6 @@ class Core:
         self._no_fleet = NoFleet()
         self._desk = Desk()
         self._incoming = IncomingApi(self._desk, lambda: self.config.delivery)
-        self._known: Known = {}
 
     async def run(self) -> None:
         """Start, serve until told to stop, drain, stop. Raises AgentError when it cannot start."""
@@ -171,6 +170,7 @@ class Core:
         self._measuring = Measuring(
             device, self._runtimes, self._store, lambda: self.config, self._operations.go_on, guarding.requests
         )
+        self._shelves = Shelves(self._store.read, device.threads, self._measuring.form_key)
         serving = Serving(
             show=lambda document: self._operations.on_loop(lambda: self._show(document)),
             load=self._load_now,
@@ -393,16 +393,7 @@ class Core:
 
     def _put(self, document: CatalogDocument, config: Config) -> None:
         self._models_set = config.models
-        self._engine.put(
-            shelf_from(
-                document,
-                self._store.read,
-                self._device.threads,
-                self._measuring.form_key,
-                self._models_set,
-                self._known,
-            )
-        )
+        self._engine.put(self._shelves.shelf(document, self._models_set))
         self._guarding.shown(document)
         spare()
 

@@ -51,15 +51,13 @@ def no_forms(_variant: Variant, _provider: str) -> str:
 def form_keys(facts: Facts, threads: int, version_of: Callable[[str], str]) -> FormKey:
     """The keys on this device. ``version_of`` tells a runtime's version, empty where it is not installed."""
     features = [f"{name}{'' if value else '?'}" for name, value in sorted(facts.features.items()) if value is not False]
-    encode = json.JSONEncoder(sort_keys=True).encode
-    device = f"{threads}, {encode(features)}"  # once: a thousand models are asked for at each change of the catalog
 
     def key(variant: Variant, provider: str) -> str:
         version = version_of(_RUNTIME) if (variant.runtime, provider) == (_RUNTIME, _PROVIDER) else ""
         if not version:
             return ""
-        file, parameters = encode([_RECIPE, variant.file.sha256, version, provider])[:-1], encode(variant.parameters)
-        return hashlib.sha256(f"{file}, {device}, {parameters}]".encode()).hexdigest()[:32]
+        depends = [_RECIPE, variant.file.sha256, version, provider, threads, features, variant.parameters]
+        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
 
     return key
 

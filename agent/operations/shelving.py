@@ -31,38 +31,36 @@ OpenBlob = Callable[[BlobRef], "OpenModel"]
 UNMEASURED_FACTOR = 3.0
 UNMEASURED_MB = 8.0
 NOTHING_WANTED: Mapping[str, ModelConfig] = MappingProxyType({})
+#: Of a model by its name here, and by that in its manifest.
+_Wanted = tuple[ModelConfig | None, ModelConfig | None]
 
 
-#: What was made of an entry, and of what the device's owner wanted, by model and version.
-Known = dict[tuple[str, str], tuple[VersionEntry, tuple[ModelConfig | None, ModelConfig | None], Served]]
+class Shelves:
+    """Makes the shelf of one catalog after the other, and of each only what has changed since the last.
 
+    ``threads``: of one run, where nothing was measured.
+    """
 
-def shelf_from(
-    document: CatalogDocument,
-    open_blob: OpenBlob,
-    threads: int,
-    form_key: FormKey = no_forms,
-    wanted: Mapping[str, ModelConfig] = NOTHING_WANTED,
-    known: Known | None = None,
-) -> Shelf:
-    """Everything that is installed. ``threads``: of one run, where nothing was measured. ``wanted``: by the device's
-    owner, for single models. ``known``: what the last call has made, of which whatever has not changed is taken over;
-    it becomes what this one has made."""
-    wish = as_wanted(wanted)
-    made: Known = {}
-    for name, model in document.models.items():
-        for version, entry in model.versions.items():
-            before = (known or {}).get((name, version))
-            settings = wanted.get(name), wanted.get(entry.manifest.name)
-            if before is None or before[0] is not entry or before[1] != settings:
-                served = _served(name, version, entry, open_blob, threads, form_key, wish)
-                before = entry, settings, _as_set(served, entry.manifest, settings[0])
-            made[name, version] = before
-    if known is not None:
-        known.clear()
-        known.update(made)
-    active = {name: model.active for name, model in document.models.items() if model.active is not None}
-    return Shelf({key: served for key, (_, _, served) in made.items()}, active)
+    def __init__(self, open_blob: OpenBlob, threads: int, form_key: FormKey = no_forms) -> None:
+        self._open_blob = open_blob
+        self._threads = threads
+        self._form_key = form_key
+        #: By model and version: the entry, what the owner wants of it, and what was made of both.
+        self._made: dict[tuple[str, str], tuple[VersionEntry, _Wanted, Served]] = {}
+
+    def shelf(self, document: CatalogDocument, wanted: Mapping[str, ModelConfig] = NOTHING_WANTED) -> Shelf:
+        """Everything that is installed. ``wanted``: by the device's owner, for single models."""
+        before, self._made = self._made, {}
+        wish = as_wanted(wanted)
+        for name, model in document.models.items():
+            for version, entry in model.versions.items():
+                made, settings = before.get((name, version)), (wanted.get(name), wanted.get(entry.manifest.name))
+                if made is None or made[0] is not entry or made[1] != settings:
+                    served = _served(name, version, entry, self._open_blob, self._threads, self._form_key, wish)
+                    made = entry, settings, _as_set(served, entry.manifest, settings[0])
+                self._made[name, version] = made
+        active = {name: model.active for name, model in document.models.items() if model.active is not None}
+        return Shelf({key: served for key, (_, _, served) in self._made.items()}, active)
 
 
 def _as_set(served: Served, manifest: Manifest, settings: ModelConfig | None) -> Served:

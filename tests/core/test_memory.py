@@ -21,6 +21,11 @@ MAPS = """\
 """
 
 
+def require_works(script):
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_only_code_that_stands_unchanged_in_a_file_is_let_go_of():
     assert code_mappings(MAPS) == [(0x556E1A0C2000, 0x556E1A0C3000), (0x7F2A62100000, 0x7F2A62200000)]
 
@@ -44,8 +49,7 @@ def test_everything_still_works_after_it_was_let_go_of():
         "settle()\n"
         "assert work() == before\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    require_works(script)
 
 
 def test_what_is_to_stay_is_passed_over_by_collections_and_goes_all_the_same_when_nobody_wants_it_any_more():
@@ -63,8 +67,7 @@ def test_what_is_to_stay_is_passed_over_by_collections_and_goes_all_the_same_whe
         "    spare()\n"
         "assert gc.get_freeze_count() < first + 1_000, (gc.get_freeze_count(), first)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    require_works(script)
 
 
 def test_a_start_imports_neither_runtimes_nor_what_tries_models_nor_the_client():

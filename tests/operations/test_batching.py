@@ -8,7 +8,7 @@ from agent.base.config import BatchingConfig, ModelConfig
 from agent.bundles.manifest import BatchingPolicy, Manifest
 from agent.infer.gains import Gain
 from agent.operations.batching import as_wanted, gain_record, gains_hold, shelved_batching
-from agent.operations.shelving import shelf_from
+from agent.operations.shelving import Shelves
 from agent.store.document import CatalogDocument, ModelEntry, VersionEntry
 
 CANDIDATE = "fp32@CPUExecutionProvider"
@@ -58,7 +58,7 @@ def test_a_catalog_of_before_is_opened_and_measured():
     assert "not measured" in shelved(entry()).reason
     models = {"m": ModelEntry(active="1.0.0", versions={"1.0.0": entry()})}
     document = CatalogDocument(generation=1, saved_at="2026-01-01T00:00:00Z", models=models)
-    assert shelf_from(document, lambda ref: None, 1).versions["m", "1.0.0"].options == ()  # its file is not there
+    assert Shelves(lambda ref: None, 1).shelf(document).versions["m", "1.0.0"].options == ()  # its file is not there
 
 
 @pytest.mark.parametrize(

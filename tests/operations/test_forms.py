@@ -24,7 +24,7 @@ from agent.operations.forms import PREFIX, form_keys, forms_hold, records_of
 from agent.operations.install import AddRequest, Installer, Preparing, Serving
 from agent.operations.measured import Choice, DeviceView
 from agent.operations.preparing import FormMaker
-from agent.operations.shelving import shelf_from
+from agent.operations.shelving import Shelves
 from agent.selection.inventory import InstalledRuntime, RuntimeInventory
 from agent.store.keys import DeviceKeys
 from agent.store.store import Store
@@ -84,7 +84,7 @@ class Device:
         return [part for part in self.entry.blobs if part.startswith(PREFIX)]
 
     def forms(self):
-        shelf = shelf_from(self.store.document, self.store.read, 1, self.key)
+        shelf = Shelves(self.store.read, 1, self.key).shelf(self.store.document)
         return shelf.find("m").options[0].forms
 
 

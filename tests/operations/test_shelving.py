@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agent.base.config import ModelConfig
-from agent.operations.shelving import Known, shelf_from
+from agent.operations.shelving import Shelves
 from agent.store.document import CatalogDocument, ModelEntry
 from tests.operations.test_batching import entry
 
@@ -14,11 +14,7 @@ def document(**models: str) -> CatalogDocument:
 
 
 def test_only_what_has_changed_is_made_again() -> None:
-    known: Known = {}
-
-    def shelf(of: CatalogDocument, wanted: dict[str, ModelConfig] | None = None):
-        return shelf_from(of, lambda ref: None, 1, wanted=wanted or {}, known=known)
-
+    shelf = Shelves(lambda ref: None, 1).shelf
     first = document(a="1.0.0", b="1.0.0", c="1.0.0")
     before = shelf(first).versions
     changed = first.model_copy(update={"models": {**first.models, "b": document(b="1.0.0").models["b"]}})
@@ -33,14 +29,13 @@ def test_only_what_has_changed_is_made_again() -> None:
     last = shelf(left)
     assert last.versions == {("c", "1.0.0"): wished["c", "1.0.0"]}
     assert last.active == {}
-    assert known.keys() == {("c", "1.0.0")}
 
 
 def test_a_wish_for_the_name_in_the_manifest_counts_where_it_is_installed_under_another() -> None:
-    known: Known = {}
+    shelf = Shelves(lambda ref: None, 1).shelf
     of = document(other="1.0.0")
     name = of.models["other"].versions["1.0.0"].manifest.name
     assert name != "other"
-    before = shelf_from(of, lambda ref: None, 1, known=known).versions["other", "1.0.0"]
-    after = shelf_from(of, lambda ref: None, 1, wanted={name: ModelConfig(batching=False)}, known=known)
+    before = shelf(of).versions["other", "1.0.0"]
+    after = shelf(of, {name: ModelConfig(batching=False)})
     assert after.versions["other", "1.0.0"] is not before
