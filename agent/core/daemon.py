@@ -359,7 +359,7 @@ class Core:
         if hasattr(self, "_guarding"):
             self._guarding.close()
         if self._fleet is not None:
-            self._fleet.close()
+            await self._fleet.close()
         self.all_ended = await self._engine.close()
         _LOG.info("stopped")
 

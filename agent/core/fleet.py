@@ -22,6 +22,7 @@ from agent.core import diagnostics, health
 from agent.core.device import inventory_of
 from agent.core.enrolling import Enroller, describe, settings_document, settings_state
 from agent.core.inbox import Called, Inbox
+from agent.core.lanes import Lanes
 from agent.core.ledger import Ledger
 from agent.core.link_api import LinkState
 from agent.core.logs import RECENT
@@ -43,7 +44,8 @@ from agent.selection.inventory import inventory_document
 from agent.store.store import Store
 from agent.trust.allegiance import shipped_root
 from agent.trust.envelope import EnvelopeError, open_envelope
-from agent.work.jobs import Lane, Order, Refusal
+from agent.trust.wants import DelayError
+from agent.work.jobs import Order, Refusal
 from agent.work.runner import Runner
 
 _LOG = logging.getLogger("edge_agent.fleet")
@@ -80,7 +82,7 @@ class Fleet:
             self._news.set,
         )
         self._outgoing = self._reporting.outgoing
-        self._rescue = ThreadPoolExecutor(1, thread_name_prefix="rescue")
+        self._lanes = Lanes(within.operations)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="inbox")
         self.certificate_ends: str | None = None
         self._tasks: list[asyncio.Task[Any]] = []
@@ -165,7 +167,7 @@ class Fleet:
         self.runner = Runner(
             self.ledger.journal,
             handlers,
-            self._execute,
+            self._lanes,
             clock=self.clock.clock,
             clock_trusted=self.clock.trusted,
             boot_nonce=self.boot_nonce,
@@ -214,7 +216,12 @@ class Fleet:
             return None
         from agent.operations.believed import Believed  # noqa: PLC0415 - once a day
 
-        return Believed(self._store, self._origin, go_on).refresh()
+        if not self._origin.reading.acquire(blocking=False):
+            raise DelayError("too_many", "a job looks at it now")
+        try:
+            return Believed(self._store, self._origin, go_on).refresh()
+        finally:
+            self._origin.reading.release()
 
     def _streams(self) -> dict[str, Callable[[], Mapping[str, Any] | None]]:
         within = self._within
@@ -239,9 +246,9 @@ class Fleet:
             if task is not None:
                 task.cancel()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """After the operations have ended."""
-        self._rescue.shutdown()
+        await asyncio.get_running_loop().run_in_executor(None, self._lanes.close)
         self._reader.shutdown()
         self.ledger.close()
 
@@ -292,15 +299,6 @@ class Fleet:
         self._loop.call_soon_threadsafe(work)
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
-
-    def _execute(self, lane: Lane, name: str, work: Callable[[], None]) -> None:
-        if lane == "normal":
-            self._operations.submit(name, work)
-            return
-        try:
-            self._rescue.submit(work)
-        except RuntimeError as error:  # shut down
-            raise TryLaterError(f"cannot start {name}: the agent is stopping") from error
 
     def _verify(self, order: Order) -> None:
         """Before a job runs: the journal may have been written to by whoever had the disk, a key may count no more."""

@@ -11,7 +11,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from agent.base.errors import TryLaterError
@@ -19,6 +19,8 @@ from agent.base.errors import TryLaterError
 _T = TypeVar("_T")
 #: Operations that may wait for their turn; each holds a connection and perhaps a descriptor.
 _MOST_WAITING = 16
+#: How often who waits for a turn is asked whether still to.
+_LOOK_S = 0.5
 
 Progress = Callable[[Mapping[str, Any]], None]
 
@@ -84,18 +86,37 @@ class Operations:
 
     def submit(self, name: str, work: Callable[[], None]) -> None:
         """From any thread: have ``work`` done in its turn, without waiting. TryLaterError when too many wait."""
+        self._require_room(name)
+        self._submit(name, work)
+
+    def in_turn(self, name: str, work: Callable[[], _T], look: Callable[[], None]) -> _T:
+        """From a job's thread: the result of ``work``, done in its turn. TryLaterError when the agent is stopping.
+
+        While it waits ``look`` is called now and then, and may be so when ``work`` has just begun; what it raises is
+        raised, and ``work`` not begun.
+        """
+        future = self._submit(name, work)
+        while not wait([future], _LOOK_S).done:
+            if not future.running():
+                try:
+                    look()
+                except BaseException:
+                    if future.cancel():
+                        raise  # else it has just begun, and asks for itself
+        return future.result()
+
+    def _submit(self, name: str, work: Callable[[], _T]) -> Future[_T]:
         loop = self._loop
         if loop is None:
             raise TryLaterError(f"cannot start {name}: the agent has not started")
-        self._require_room(name)
 
-        def named() -> None:
-            if not self._stopping.is_set():
-                self._doing, self._since = name, time.monotonic()
-                try:
-                    work()
-                finally:
-                    self._doing = ""
+        def named() -> _T:
+            self.go_on()
+            self._doing, self._since = name, time.monotonic()
+            try:
+                return work()
+            finally:
+                self._doing = ""
 
         def adopt() -> None:
             wrapped = asyncio.wrap_future(future)
@@ -107,6 +128,7 @@ class Operations:
         except RuntimeError as error:  # shut down
             raise TryLaterError(f"cannot start {name}: the agent is stopping") from error
         loop.call_soon_threadsafe(adopt)
+        return future
 
     def _require_room(self, name: str) -> None:
         self.go_on()

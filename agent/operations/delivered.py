@@ -81,9 +81,9 @@ class Installation:
     def head(self) -> list[Step]:
         """Until the version is on the device and was tried."""
         return [
-            Step("refresh", "verifying", self._refresh, None, self._clear),
+            Step("refresh", "verifying", self._refresh, None, self._clear, apart=True),
             Step("reserve", "verifying", self._reserve, None, self._fetching.release),
-            Step("fetch", "downloading", self._fetch, None, self._clear),
+            Step("fetch", "downloading", self._fetch, None, self._clear, apart=True),
             Step("try", "trying", self._try, self._is_tried, self._take_back),
         ]
 
@@ -111,9 +111,10 @@ class Installation:
         self._stage(turn, release)
 
     def _believe(self, turn: Turn) -> Release:
-        believed = Believed(self._store, self._origin, turn.go_on)
-        believed.refresh()
-        return believed.release(self._model, self._version)
+        with self._origin.reading:
+            believed = Believed(self._store, self._origin, turn.go_on)
+            believed.refresh()
+            return believed.release(self._model, self._version)
 
     def _reserve(self, turn: Turn) -> None:
         if not turn.notes["here"]:
@@ -129,6 +130,9 @@ class Installation:
             with self._watched():
                 self._installer.retry(self._model, self._version, turn.tell, accept_slower=self._slower)
             return None
+        # While it was fetched somebody may have added it here.
+        require_same(self._store, self._staged(turn).manifest)
+        turn.notes["had"] = turn.notes["had"] or self._installed() is not None
         self._store.gc()  # what a kill left between taking over and committing
         rejected = list(turn.notes.get("rejected", ()))
         while lots := turn.notes["lots"]:

@@ -351,7 +351,7 @@ class Jobs:
                 lambda turn: configuring.holds(mark(turn)),
                 lambda turn: configuring.revert(mark(turn)),
             ),
-            Step("confirm", "probation", lambda turn: configuring.confirm(mark(turn), turn.go_on)),
+            Step("confirm", "probation", lambda turn: configuring.confirm(mark(turn), turn.go_on), apart=True),
         ]
 
     def _flush(self, args: _Args) -> list[Step]:

@@ -5,6 +5,7 @@ Apart from ``delivered``, which does the work: most starts install nothing, and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,8 @@ class Origin:
     """``metadata`` is the folder for the repository's metadata, ``root`` gives the root that came with the device.
 
     ``device`` names the device as its fleet does, ``view`` is for the choice of variants. ``keys_changed`` is called
-    when the repository brought other keys for jobs. ``holds`` is space that is promised to jobs under way.
+    when the repository brought other keys for jobs. ``holds`` is space that is promised to jobs under way. ``reading``
+    is held by whoever reads the metadata: a job and the daily look may want to at once.
     """
 
     desk: Bringer
@@ -50,3 +52,4 @@ class Origin:
     view: DeviceView
     keys_changed: Callable[[], None] = lambda: None
     holds: dict[str, Hold] = field(default_factory=dict)
+    reading: threading.Lock = field(default_factory=threading.Lock)

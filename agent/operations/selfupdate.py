@@ -66,8 +66,8 @@ class SelfUpdate:
     def steps(self) -> list[Step]:
         """See the module."""
         return [
-            Step("refresh", "verifying", self._refresh),
-            Step("fetch", "downloading", self._fetch, None, lambda turn: self._clear()),
+            Step("refresh", "verifying", self._refresh, apart=True),
+            Step("fetch", "downloading", self._fetch, None, lambda turn: self._clear(), apart=True),
             Step("install", "installing", self._install, self._is_installed, self._take_back),
             Step("probation", "probation", self._watch, None, self._take_back),
         ]
@@ -92,15 +92,16 @@ class SelfUpdate:
         if target.length > MAX_RELEASE_BYTES:
             raise RefusedError(f"{self._cannot}: it has {target.length} bytes, which is too much")
         turn.notes.update(file=target.file, length=target.length, sha256=target.sha256)
-        with _disk(f"{self._cannot}: cannot hand over metadata"):
+        with self._origin.reading, _disk(f"{self._cannot}: cannot hand over metadata"):
             self._updates.vouch(self._origin.metadata)
 
     def _believe(self, turn: Turn) -> Any:
         from agent.operations.believed import Believed  # noqa: PLC0415 - most starts update nothing
 
-        believed = Believed(self._store, self._origin, turn.go_on)
-        believed.refresh()
-        return believed.target(release_target(self._version, this_kind()))
+        with self._origin.reading:
+            believed = Believed(self._store, self._origin, turn.go_on)
+            believed.refresh()
+            return believed.target(release_target(self._version, this_kind()))
 
     def _fetch(self, turn: Turn) -> None:
         notes = turn.notes

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from agent.base.clock import Clock
 from agent.base.errors import AgentError, PeerError, RefusedError, TryLaterError, one_line
-from agent.work.jobs import PHASES, Ending, Failure, Order, Progress, State, move
+from agent.work.jobs import PHASES, Ending, Failure, Lane, Order, Progress, State, move
 from agent.work.journal import Journal
 from agent.work.records import Record
 from agent.work.steps import HaltedError, Handler, Pause, RestartPending, Step, StoppingError, Turn
@@ -25,6 +26,23 @@ MAX_STALLED = 5
 #: How often the time that a long step takes is written down.
 _KEEP_TIME_S = 30.0
 _LOG = logging.getLogger("edge_agent.work")
+_T = TypeVar("_T")
+
+
+class Lanes(Protocol):
+    """The threads in which jobs run, one for each lane."""
+
+    def execute(self, lane: Lane, name: str, work: Callable[[], None]) -> None:
+        """Have ``work`` called once in the lane's thread, and return before. TryLaterError when not."""
+        ...
+
+    def in_turn(self, order: Order, work: Callable[[], _T], look: Callable[[], None]) -> _T:
+        """From the lane's thread: what ``work`` returns or raises, done when nobody else changes what it changes.
+
+        Until its turn comes ``look`` is called now and then. What it raises is raised, and ``work`` not begun; it must
+        change nothing itself, as ``work`` may begin just then. TryLaterError when all is being stopped.
+        """
+        ...
 
 
 class UnwritableError(Exception):
@@ -49,6 +67,7 @@ class Bench:
     verify: Callable[[Order], None]
     changed: Callable[[], None]
     is_stopping: Callable[[], bool]
+    lanes: Lanes
 
 
 class Attempt:
@@ -180,9 +199,8 @@ class Attempt:
     def _holds(self, step: Step) -> bool:
         if step.holds is None:
             return False
-        self._begin_clock()
         try:
-            return step.holds(self._turn())
+            return self._in_turn(step.holds)
         except UnwritableError:
             raise
         except Exception as error:
@@ -193,9 +211,8 @@ class Attempt:
             raise halt from error
 
     def _perform(self, step: Step) -> None:
-        self._begin_clock()
         try:
-            outcome = step.do(self._turn())
+            outcome = self._at_once(step.do) if step.apart else self._in_turn(step.do)
             result = {**(self._now.result or {}), **outcome} if outcome is not None else self._now.result
             json.dumps([result, self._notes], allow_nan=False)
         except RestartPending as pending:
@@ -250,9 +267,8 @@ class Attempt:
         assert step.undo is not None
         if self._now.stalled > MAX_STALLED:
             return _with_trouble(ending, f"{step.name}: interrupted {MAX_STALLED} times")
-        self._begin_clock()
         try:
-            step.undo(self._turn())
+            self._in_turn(step.undo)
         except UnwritableError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, what was begun before is taken back all the same
@@ -304,9 +320,15 @@ class Attempt:
             text = f"cannot finish: the job takes longer than {order.total_timeout_s:g} s"
             raise HaltedError("failed", Failure("total_timeout", text))
 
-    def _begin_clock(self) -> None:
+    def _in_turn(self, part: Callable[[Turn], _T]) -> _T:
+        """A part of a step, when its turn has come; its time begins then."""
+        self._raised, self.deadline = None, math.inf
+        return self._bench.lanes.in_turn(self._order, lambda: self._at_once(part), self._check)
+
+    def _at_once(self, part: Callable[[Turn], _T]) -> _T:
         self._raised = None
         self.deadline = self._bench.clock.monotonic() + self._order.step_timeout_s
+        return part(self._turn())
 
     def _halt(self, name: str, error: Exception) -> HaltedError:
         """What an exception of a step means for the job. Raises StoppingError where it means nothing but a stop.

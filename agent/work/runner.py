@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.base.clock import Clock
 from agent.base.errors import AgentError, PeerError
-from agent.work.attempt import Attempt, Bench, UnwritableError
+from agent.work.attempt import Attempt, Bench, Lanes, UnwritableError
 from agent.work.jobs import Failure, Lane, Order, move
 from agent.work.journal import Journal
 from agent.work.records import Waiting
@@ -28,10 +28,8 @@ from agent.work.steps import Handler, RestartPending
 if TYPE_CHECKING:
     from agent.work.windows import Opening
 
-__all__ = ("Execute", "RestartPending", "Runner")
+__all__ = ("Lanes", "RestartPending", "Runner")
 
-#: (lane, name, work): have ``work`` called once in the lane's thread, and return before. TryLaterError when not.
-Execute = Callable[[Lane, str, Callable[[], None]], None]
 #: Seconds after which it is tried again where the journal or the lane would not have it.
 _RETRY_S = 15.0
 #: Wall clocks are set: what waits for one looks again at least this often.
@@ -62,7 +60,7 @@ class Runner:
         self,
         journal: Journal,
         handlers: Mapping[str, Handler],
-        execute: Execute,
+        lanes: Lanes,
         *,
         clock: Clock,
         clock_trusted: Callable[[], bool],
@@ -72,12 +70,12 @@ class Runner:
     ) -> None:
         self._journal = journal
         self._handlers = handlers
-        self._execute = execute
+        self._lanes = lanes
         self._clock = clock
         self._trusted = clock_trusted
         self._changed = changed
         self._stopping = threading.Event()
-        self._bench = Bench(journal, clock, boot_nonce, verify, changed, self._stopping.is_set)
+        self._bench = Bench(journal, clock, boot_nonce, verify, changed, self._stopping.is_set, lanes)
         self._lock = threading.Lock()
         self._seats: dict[Lane, _Seat] = {}
         self._parked: dict[int, _Seat] = {}
@@ -218,11 +216,12 @@ class Runner:
         return wait
 
     def _hand_over(self, seat: _Seat, *, late: bool) -> float | None:
-        self._seats[seat.job.lane] = seat
+        job = seat.job
+        self._seats[job.lane] = seat
         try:
-            self._execute(seat.job.lane, f"job {seat.job.job_id} ({seat.job.op})", partial(self._work, seat, late))
+            self._lanes.execute(job.lane, f"job {job.job_id} ({job.op})", partial(self._work, seat, late))
         except AgentError as error:
-            del self._seats[seat.job.lane]
+            del self._seats[job.lane]
             self.problem = str(error)
             return _RETRY_S
         return None

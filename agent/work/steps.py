@@ -55,7 +55,8 @@ class Step:
 
     ``do`` performs it; what it returns becomes part of the job's result. ``holds`` tells whether its effect is there:
     it is asked after a kill, and without it ``do`` is simply done again. ``undo`` takes it back, also where ``do`` got
-    nowhere, and also twice.
+    nowhere, and also twice. ``apart``: ``do`` waits for the world, for hours maybe, and needs no turn among what else
+    changes the catalog; taking it back does.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Step:
     do: Callable[[Turn], Mapping[str, Any] | None]
     holds: Callable[[Turn], bool] | None = None
     undo: Callable[[Turn], None] | None = None
+    apart: bool = False
 
 
 #: From a job's arguments to its steps. PeerError for bad arguments: the job is rejected, ``bad_args``.

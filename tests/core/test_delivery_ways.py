@@ -99,6 +99,36 @@ def test_a_device_with_nothing_but_its_broker_is_updated(fleet: Fleet, device: D
 
 
 @pytest.mark.slow
+def test_what_waits_for_its_bytes_keeps_nobody_from_adding(fleet: Fleet, device: Device, tmp_path: Path) -> None:
+    publish(fleet, "1.0.0", 1)
+    fleet.ok("job", "model.install", f"model={NAME}", "version=1.0.0", "-d", DEVICE, "--id", "slow")
+
+    def status() -> dict[str, Any]:
+        return dict(json.loads(device.edge_agent("status", "--json")))
+
+    def step() -> str | None:
+        found: str | None = status()["jobs"].get("normal", {}).get("step")
+        return found
+
+    until(lambda: step() == "refresh", "it asks for the repository's metadata, which nobody brings", 60)
+    path = tmp_path / "other.onnx"
+    path.write_bytes(onnx_models.linear(5))
+    device.edge_agent("models", "add", str(path), "--name", "other")
+    device.edge_agent("store", "verify")
+    assert step() == "refresh"
+    assert status()["under_way"] is None
+    server = fleet.start("serve-blocks", str(fleet.folder / "repository" / "public"), stderr=subprocess.PIPE)
+    try:
+        until(lambda: heard(fleet, "slow") == "succeeded", f"it comes\n{device.log.read_text()}", 120)
+    finally:
+        server.kill()
+        server.wait()
+        assert server.stderr is not None
+        server.stderr.close()
+    device.answers("1.0.0")
+
+
+@pytest.mark.slow
 def test_a_device_without_any_network_is_updated_by_a_stick(fleet: Fleet, device: Device, tmp_path: Path) -> None:
     publish(fleet, "1.0.0", 1)
     device.stop()

@@ -21,7 +21,7 @@ from agent.work.runner import Runner
 from tests.operations.deliveries import Mirror
 from tests.operations.test_selfupdate import Device
 from tests.updater.grounds import Machine, operator_with
-from tests.work.simulation import Killed, SimulatedClock, order
+from tests.work.simulation import Handed, Killed, SimulatedClock, order
 
 UPDATES = 30
 KINDS = {"good": (), "broken": ("broken",), "poison": ("poison",)}
@@ -43,7 +43,7 @@ class Boot:
         self.runner = Runner(
             self.journal,
             {"agent.update": lambda args: device.update(args["version"]).steps()},
-            lambda lane, name, work: self.todo.append(work),
+            Handed(lambda lane, name, work: self.todo.append(work)),
             clock=clock,
             clock_trusted=clock.trusted,
             boot_nonce=f"{number:032x}",

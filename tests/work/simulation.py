@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from agent.base.errors import DamagedError
 from agent.work.jobs import JobStatus, Order
@@ -20,8 +20,22 @@ from agent.work.runner import Runner
 from agent.work.steps import RestartPending, Step, Turn
 from agent.work.windows import opening_at
 
+_T = TypeVar("_T")
 START = datetime(2026, 3, 28, 12, 0, tzinfo=timezone.utc)
 PHASES = ("downloading", "verifying", "installing", "trying", "activating", "probation")
+
+
+class Handed:
+    """Lanes that hand what they are given to a function, and where a step's turn has always come."""
+
+    def __init__(self, execute: Callable[[str, str, Callable[[], None]], object]) -> None:
+        self._execute = execute
+
+    def execute(self, lane: str, name: str, work: Callable[[], None]) -> None:
+        self._execute(lane, name, work)
+
+    def in_turn(self, order: Order, work: Callable[[], _T], look: Callable[[], None]) -> _T:
+        return work()
 
 
 class Killed(BaseException):
@@ -197,7 +211,7 @@ class Device:
         self.runner = Runner(
             self.journal,
             {"program": self.world.handler},
-            lambda lane, name, work: self.todo.append((lane, work)),
+            Handed(lambda lane, name, work: self.todo.append((lane, work))),
             clock=self.clock,
             clock_trusted=self.clock.trusted,
             boot_nonce=f"{self.starts:032x}",

@@ -22,7 +22,7 @@ from agent.work.journal import Journal
 from agent.work.mending import set_aside
 from agent.work.runner import Runner
 from agent.work.steps import Step
-from tests.work.simulation import SimulatedClock, order
+from tests.work.simulation import Handed, SimulatedClock, order
 
 STAMP = "20260328T120000Z"
 
@@ -53,7 +53,7 @@ def runner(journal: Journal, clock: SimulatedClock) -> Runner:
     return Runner(
         journal,
         {"program": lambda args: [Step("a", "trying", lambda turn: {"size": len(args["text"])})]},
-        lambda lane, name, work: work_later(work),
+        Handed(lambda lane, name, work: work_later(work)),
         clock=clock,
         clock_trusted=clock.trusted,
         boot_nonce="0",

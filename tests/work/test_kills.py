@@ -23,7 +23,7 @@ from agent.work.jobs import ENDED
 from agent.work.journal import Journal
 from agent.work.runner import Runner
 from agent.work.steps import Step, Turn
-from tests.work.simulation import Device, Killed, order
+from tests.work.simulation import Device, Handed, Killed, order
 
 PROGRAMS = (
     [{}, {}, {}],
@@ -145,7 +145,7 @@ def agent(folder: Path, seed: int, report: Callable[[str], None]) -> None:
         runner = Runner(
             journal,
             {"program": Files(folder, random.Random(seed)).handler},
-            execute,
+            Handed(execute),
             clock=SystemClock(),
             clock_trusted=lambda: True,
             boot_nonce=os.urandom(16).hex(),

@@ -7,16 +7,30 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from agent.base.errors import DamagedError, PeerError, RefusedError, TryLaterError
-from agent.work.jobs import JobStatus, WindowSpec
+from agent.work.jobs import JobStatus, Order, WindowSpec
 from agent.work.journal import Journal
 from agent.work.runner import RestartPending, Runner
 from agent.work.steps import Step, Turn
-from tests.work.simulation import SimulatedClock, order
+from tests.work.simulation import Handed, SimulatedClock, order
+
+_T = TypeVar("_T")
+
+
+class Turns(Handed):
+    """Lanes of a bench. ``wait`` is what goes on before a step's turn comes, and is told what asks whether to wait."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench.execute)
+        self._bench = bench
+
+    def in_turn(self, order: Order, work: Callable[[], _T], look: Callable[[], None]) -> _T:
+        self._bench.wait(look)
+        return work()
 
 
 class Bench:
@@ -28,6 +42,7 @@ class Bench:
         self.steps: list[Step] | Callable[[Mapping[str, Any]], list[Step]] = []
         self.log: list[str] = []
         self.verify: Callable[[Any], None] = lambda order: None
+        self.wait: Callable[[Callable[[], None]], None] = lambda look: None
         self.refuse_work = False
         self.starts = 0
         self.number = 0
@@ -43,7 +58,7 @@ class Bench:
         self.runner = Runner(
             self.journal,
             {"program": self.made},
-            self.execute,
+            Turns(self),
             clock=self.clock,
             clock_trusted=self.clock.trusted,
             boot_nonce=f"start-{self.starts}",
@@ -877,6 +892,44 @@ def test_time_spent_is_written_down_now_and_then(bench: Bench) -> None:
     bench.run()
     lax = [name for name in bench.log if name.startswith("after")]
     assert 8 <= len(lax) <= 10 and all(name.startswith("after, lax") for name in lax)
+
+
+def test_the_time_of_a_step_begins_when_its_turn_has_come(bench: Bench) -> None:
+    """Others may take hours before it; the job's own time goes on."""
+
+    def wait(look: Callable[[], None]) -> None:
+        for _ in range(30):
+            bench.clock.pass_time(100.0)
+            look()
+
+    bench.wait = wait
+    bench.steps = [bench.noted("a", do=lambda turn: turn.go_on()), bench.noted("b")]
+    status = bench.run(step_timeout_s=60.0, total_timeout_s=6100.0)
+    assert (status.state, bench.log) == ("succeeded", ["do b"])
+    status = bench.run(step_timeout_s=60.0, total_timeout_s=4000.0)
+    assert (status.state, status.error.code) == ("failed", "total_timeout")
+
+
+def test_a_step_that_waits_for_its_turn_is_cancelled(bench: Bench) -> None:
+    def wait(look: Callable[[], None]) -> None:
+        if bench.log == ["do a"]:
+            bench.journal.cancel(["job-1"])
+            look()
+
+    bench.wait = wait
+    bench.steps = [bench.noted("a"), bench.noted("b")]
+    status = bench.run()
+    assert status.state == "cancelled"
+    # That it begins was written down before it waited; taking back is for steps that got nowhere, too.
+    assert bench.log == ["do a", "undo b", "undo a"]
+
+
+def test_a_step_apart_waits_for_no_turn_but_taking_it_back_does(bench: Bench) -> None:
+    bench.wait = lambda look: bench.log.append("turn")
+    bench.steps = [bench.noted("a", apart=True), bench.noted("b", do=raising(RefusedError("no")))]
+    status = bench.run()
+    assert status.state == "failed"
+    assert bench.log == ["do a", "turn", "turn", "undo b", "turn", "undo a"]
 
 
 def test_real_threads(bench: Bench) -> None:

@@ -18,7 +18,7 @@ from agent.work.journal import Journal
 from agent.work.runner import Runner
 from agent.work.schema import VERSIONS
 from agent.work.steps import Step
-from tests.work.simulation import SimulatedClock, order
+from tests.work.simulation import Handed, SimulatedClock, order
 
 DUMP = Path(__file__).with_name("journal-1.sql")
 
@@ -79,7 +79,7 @@ def test_jobs_go_on(old: Path, clock: SimulatedClock) -> None:
         runner = Runner(
             journal,
             {"program": lambda args: [step("a"), step("b")]},
-            lambda lane, name, work: todo.append(work),
+            Handed(lambda lane, name, work: todo.append(work)),
             clock=clock,
             clock_trusted=clock.trusted,
             boot_nonce="0",
