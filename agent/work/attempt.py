@@ -305,11 +305,14 @@ class Attempt:
             self._save(durable=False)
 
     def _check(self) -> None:
+        self._check_wanted()
+        self._check_deadlines()
+
+    def _check_wanted(self) -> None:
         if self._bench.is_stopping():
             raise StoppingError
         if not self._going_back and self._bench.journal.is_cancelled(self._key):
             raise HaltedError("cancelled", Failure("cancelled", "cancelled by the fleet"))
-        self._check_deadlines()
 
     def _check_deadlines(self) -> None:
         order = self._order
@@ -321,9 +324,15 @@ class Attempt:
             raise HaltedError("failed", Failure("total_timeout", text))
 
     def _in_turn(self, part: Callable[[Turn], _T]) -> _T:
-        """A part of a step, when its turn has come; its time begins then."""
+        """A part of a step, when its turn has come; its time begins then, and waiting counts nowhere."""
+        asked_at = self._bench.clock.monotonic()
         self._raised, self.deadline = None, math.inf
-        return self._bench.lanes.in_turn(self._order, lambda: self._at_once(part), self._check)
+
+        def begin() -> _T:
+            self._started += self._bench.clock.monotonic() - asked_at
+            return self._at_once(part)
+
+        return self._bench.lanes.in_turn(self._order, begin, self._check_wanted)
 
     def _at_once(self, part: Callable[[Turn], _T]) -> _T:
         self._raised = None

@@ -895,7 +895,7 @@ def test_time_spent_is_written_down_now_and_then(bench: Bench) -> None:
 
 
 def test_the_time_of_a_step_begins_when_its_turn_has_come(bench: Bench) -> None:
-    """Others may take hours before it; the job's own time goes on."""
+    """Others may take hours before it."""
 
     def wait(look: Callable[[], None]) -> None:
         for _ in range(30):
@@ -904,10 +904,8 @@ def test_the_time_of_a_step_begins_when_its_turn_has_come(bench: Bench) -> None:
 
     bench.wait = wait
     bench.steps = [bench.noted("a", do=lambda turn: turn.go_on()), bench.noted("b")]
-    status = bench.run(step_timeout_s=60.0, total_timeout_s=6100.0)
+    status = bench.run(step_timeout_s=60.0, total_timeout_s=100.0)
     assert (status.state, bench.log) == ("succeeded", ["do b"])
-    status = bench.run(step_timeout_s=60.0, total_timeout_s=4000.0)
-    assert (status.state, status.error.code) == ("failed", "total_timeout")
 
 
 def test_a_step_that_waits_for_its_turn_is_cancelled(bench: Bench) -> None:
