@@ -418,7 +418,10 @@ trim_environment() {
     # Of its second interface, which the agent does not use; only where the package itself can do without.
     if grep -qs 'isfile(_litert_so)' "$1/ai_edge_litert/__init__.py"; then rm -f "$1/ai_edge_litert/libLiteRt.so"; fi
     find "$1" -type f \( -name '*.pyi' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.c' -o -name '*.h' -o -name '*.a' \) -delete
-    has strip || return 0
+    if ! has strip; then
+        say "the symbols of the libraries stay, some 20 MB: there is no strip (package binutils)"
+        return 0
+    fi
     for file in "$1"/uvloop/*.so "$1"/cryptography/hazmat/bindings/*.so "$1"/ai_edge_litert/libpywrap*.so; do
         [ ! -f "$file" ] || strip --strip-unneeded "$file" 2>/dev/null || true
     done

@@ -56,8 +56,15 @@ arm64) want_tool qemu-system-aarch64 qemu-system-arm "$missed" ;;
 *) want_tool qemu-system-x86_64 qemu-system-x86 "$missed" ;;
 esac
 want_tool mmdebstrap mmdebstrap "$missed"
-if [ "$arch" != "$(dpkg --print-architecture 2>/dev/null)" ] && [ ! -e /proc/sys/fs/binfmt_misc/qemu-aarch64 ]; then
-    apt_install qemu-user-static binfmt-support || warn "no programs for $arch can be run here (package qemu-user-static)"
+# The image of another architecture is made by running its own programs, which the kernel hands to QEMU.
+if [ "$arch" != "$(dpkg --print-architecture 2>/dev/null)" ]; then
+    case "$arch" in arm64) emulator=qemu-aarch64 ;; amd64) emulator=qemu-x86_64 ;; *) emulator="qemu-$arch" ;; esac
+    formats=/proc/sys/fs/binfmt_misc
+    if [ ! -e "$formats/$emulator" ]; then
+        apt_install qemu-user-static binfmt-support || warn "no programs for $arch can be run here (package qemu-user-static)"
+        [ -e "$formats/status" ] || mount -t binfmt_misc binfmt_misc "$formats" || warn "$formats cannot be mounted"
+        [ -e "$formats/$emulator" ] || update-binfmts --enable "$emulator" || warn "no programs for $arch can be run here"
+    fi
 fi
 [ "$short" = yes ] || want_tool swtpm swtpm "the scenario with a TPM is skipped"
 
