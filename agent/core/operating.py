@@ -174,4 +174,5 @@ class Operations:
         self.stop()
         if self._futures:
             await asyncio.wait(list(self._futures))
-        self._executor.shutdown()
+        # Not here: what was handed over just before the stop is not among them, and may need this thread.
+        await asyncio.get_running_loop().run_in_executor(None, self._executor.shutdown)

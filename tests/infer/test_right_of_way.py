@@ -82,6 +82,30 @@ def test_it_stands_still_between_requests_that_come_one_after_another(
     assert goes_on(way, child)
 
 
+def test_where_it_never_gets_quiet_it_goes_on_between_requests_for_some_of_the_time(
+    way: RightOfWay, child: subprocess.Popen[bytes]
+) -> None:
+    """Who waits for it looks in now and then; it gets a share, and none of it while a request is answered."""
+    during = between = 0
+    looked, end = 0.0, time.monotonic() + 20.0
+    while between < 0.05e9 and time.monotonic() < end:
+        if time.monotonic() - looked > 0.05:
+            looked = time.monotonic()
+            way.breathe()
+        way.hold()
+        while state(child) != "T":
+            time.sleep(0.0005)
+        before = cpu_ns(child)
+        time.sleep(0.005)
+        during += cpu_ns(child) - before
+        way.let_go()
+        before = cpu_ns(child)
+        time.sleep(0.005)
+        between += cpu_ns(child) - before
+    assert between >= 0.05e9
+    assert during == 0
+
+
 def test_requests_that_take_little_time_hold_it_up_no_longer_than_they_last(
     way: RightOfWay, child: subprocess.Popen[bytes]
 ) -> None:
