@@ -26,6 +26,8 @@ from agent.store.keys import DeviceKeys
 from agent.store.store import Store
 
 BUDGETS = {"start_s": 0.6, "idle_rss_mb": 48.0, "serving_rss_mb": 100.0, "idle_cpu_percent": 0.5}
+#: After a start, until core gives back what that took; after a load, until what follows it is over.
+STARTED_S, LOADED_S = 21.0, 3.0
 #: What any daemon with these libraries pays before its own first line.
 LIBRARIES = (
     "import asyncio, uvloop\n"
@@ -56,11 +58,13 @@ def measure(folder: Path, models: int, starts: int, idle_s: float) -> dict:
     with daemon:
         daemon.settle()
         started_memory = daemon.memory()
+        time.sleep(STARTED_S)
         idle = measure_idle(daemon, idle_s)
         idle_memory = daemon.memory()
         with daemon.client() as client:
             client.infer("model-0", {"x": sample()})
             serving_memory = daemon.memory()
+            time.sleep(LOADED_S)
             serving_idle = measure_idle(daemon, idle_s)
     figures = {
         "start_s": start["start_s"],

@@ -84,7 +84,7 @@ class Installation:
             Step("refresh", "verifying", self._refresh, None, self._clear, apart=True),
             Step("reserve", "verifying", self._reserve, None, self._fetching.release),
             Step("fetch", "downloading", self._fetch, None, self._clear, apart=True),
-            Step("try", "trying", self._try, self._is_tried, self._take_back),
+            Step("try", "trying", self._try, self._is_tried, self._take_back, apart=True),
         ]
 
     def tail(self) -> list[Step]:
@@ -127,19 +127,15 @@ class Installation:
 
     def _try(self, turn: Turn) -> Mapping[str, Any] | None:
         if turn.notes["here"]:
-            with self._watched():
-                self._installer.retry(self._model, self._version, turn.tell, accept_slower=self._slower)
+            turn.in_turn(lambda: self._try_again(turn))
             return None
-        # While it was fetched somebody may have added it here.
-        require_same(self._store, self._staged(turn).manifest)
-        turn.notes["had"] = turn.notes["had"] or self._installed() is not None
-        self._store.gc()  # what a kill left between taking over and committing
+        turn.in_turn(self._store.gc)  # what a kill left between taking over and committing
         rejected = list(turn.notes.get("rejected", ()))
         while lots := turn.notes["lots"]:
             self._hold(turn)
             self._bring(turn)
             try:
-                self._examine(turn)
+                turn.in_turn(lambda: self._examine(turn))
             except RejectedError as error:
                 rejected.append(f"{', '.join(lots[0])}: {error}"[:300])
                 turn.notes.update(lots=lots[1:], rejected=rejected)
@@ -152,6 +148,10 @@ class Installation:
             f"{self._cannot}: no variant passed its trial: {'; '.join(rejected)}",
             hint="edge-fleet fit and edge-agent models check show what each variant needs",
         )
+
+    def _try_again(self, turn: Turn) -> None:
+        with self._watched():
+            self._installer.retry(self._model, self._version, turn.tell, accept_slower=self._slower)
 
     def _is_tried(self, turn: Turn) -> bool:
         if turn.notes["here"]:
@@ -206,6 +206,9 @@ class Installation:
     def _examine(self, turn: Turn) -> None:
         """Take over, try, commit. RejectedError when the trial says no; then nothing of it is in the store."""
         staged, files = self._staged(turn), self._files(turn)
+        # While it was fetched somebody may have added it here.
+        require_same(self._store, staged.manifest)
+        turn.notes["had"] = turn.notes["had"] or self._installed() is not None
         refs: dict[str, BlobRef] = {}
         turn.tell({"stage": "try", "phase": "trying"})
         with self._told():

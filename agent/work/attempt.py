@@ -286,6 +286,7 @@ class Attempt:
             tell=self._tell,
             go_on=self._go_on,
             save=self._save,
+            in_turn=lambda work: self._in_turn(lambda turn: work()),
         )
 
     def _tell(self, event: Mapping[str, Any]) -> None:

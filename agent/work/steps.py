@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from agent.base.errors import TryLaterError
 from agent.work.jobs import Failure, Order, Phase, State
+
+_T = TypeVar("_T")
+
+
+def _at_once(work: Callable[[], None]) -> None:
+    work()
 
 
 class Turn:
@@ -16,7 +22,7 @@ class Turn:
     ``notes`` are the job's own memory (JSON): written with every step, and by ``save`` within one.
     """
 
-    __slots__ = ("_go_on", "_save", "_tell", "attempt", "boot_nonce", "job", "notes")
+    __slots__ = ("_go_on", "_in_turn", "_save", "_tell", "attempt", "boot_nonce", "job", "notes")
 
     def __init__(
         self,
@@ -28,13 +34,14 @@ class Turn:
         tell: Callable[[Mapping[str, Any]], None],
         go_on: Callable[[], None],
         save: Callable[[], None],
+        in_turn: Callable[[Callable[[], None]], None] = _at_once,
     ) -> None:
         self.job = job
         self.notes = notes
         #: Starts of the job: above 1 after a kill, a power cut or a reboot.
         self.attempt = attempt
         self.boot_nonce = boot_nonce
-        self._tell, self._go_on, self._save = tell, go_on, save
+        self._tell, self._go_on, self._save, self._in_turn = tell, go_on, save, in_turn
 
     def tell(self, event: Mapping[str, Any]) -> None:
         """Progress, and a safe point like ``go_on``. An event with a ``phase`` changes the job's, durably."""
@@ -48,6 +55,15 @@ class Turn:
         """Make the notes durable now: before an effect that only they can tell of later."""
         self._save()
 
+    def in_turn(self, work: Callable[[], _T]) -> _T:
+        """For a step apart: what ``work`` returns or raises, done when nobody else changes the catalog.
+
+        The time of the step begins anew with it.
+        """
+        found: list[_T] = []
+        self._in_turn(lambda: found.append(work()))
+        return found[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -55,8 +71,8 @@ class Step:
 
     ``do`` performs it; what it returns becomes part of the job's result. ``holds`` tells whether its effect is there:
     it is asked after a kill, and without it ``do`` is simply done again. ``undo`` takes it back, also where ``do`` got
-    nowhere, and also twice. ``apart``: ``do`` waits for the world, for hours maybe, and needs no turn among what else
-    changes the catalog; taking it back does.
+    nowhere, and also twice. ``apart``: ``do`` waits for the world, for hours maybe, and takes a turn among what else
+    changes the catalog only where it says so (``Turn.in_turn``); the others have it for all that they do.
     """
 
     name: str

@@ -279,6 +279,8 @@ class Job:
         self.result: dict[str, Any] = {}
         self.at: Callable[[], None] = lambda: None
         self.events: list[Mapping[str, Any]] = []
+        #: Whether it has its turn among what changes the catalog; told when it fetches, and when it tries.
+        self.has_turn = False
 
     def steps(self) -> list[Step]:
         return list(self.device.handlers["model.install"](self.args))
@@ -292,7 +294,15 @@ class Job:
             self.events.append(event)
             self.at()
 
-        return Turn(self._order, self._notes, 1, "0" * 32, tell=tell, go_on=self.at, save=save)
+        def in_turn(work: Callable[[], None]) -> None:
+            assert not self.has_turn
+            self.has_turn = True
+            try:
+                work()
+            finally:
+                self.has_turn = False
+
+        return Turn(self._order, self._notes, 1, "0" * 32, tell=tell, go_on=self.at, save=save, in_turn=in_turn)
 
     def run(self) -> dict[str, Any]:
         """All steps from the one on that was under way, as after a start."""
@@ -304,7 +314,9 @@ class Job:
                 self.saved = dict(self._notes)
             self.at()
             if not (resumed and step.holds is not None and step.holds(self.turn())):
+                self.has_turn = not step.apart
                 self.result |= step.do(self.turn()) or {}
+                self.has_turn = False
             self.saved = dict(self._notes)
         return self.result
 

@@ -108,6 +108,19 @@ def test_the_second_variant_is_fetched_when_the_first_is_rejected(
     assert len([path for path, _ in mirror.asked if path.endswith("golden.npz")]) == 1
 
 
+def test_nobody_waits_while_it_fetches_and_trials_take_their_turn(operator: Operator, device: Device) -> None:
+    grants = operator.grants("2.0.0", device.recipient)
+    job = Job(device, {"model": NAME, "version": "2.0.0", "grants": grants})
+    device.rejects = {"fast"}
+    seen: list[tuple[str, bool]] = []
+    job.at = lambda: seen.append((str(job.events[-1].get("stage")) if job.events else "", job.has_turn))
+    assert job.run()["fetched"] == ["small"]
+    assert {turn for stage, turn in seen if stage == "fetch"} == {False}
+    assert ("try", True) in seen
+    trials = [place for place, (stage, _) in enumerate(seen) if stage == "try"]
+    assert ("fetch", False) in seen[trials[0] : trials[-1]], "the second variant came after the trial of the first"
+
+
 def test_when_every_variant_is_rejected_the_version_before_goes_on(operator: Operator, device: Device) -> None:
     install(device, operator, "1.0.0")
     before = device.blobs()

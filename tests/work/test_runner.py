@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -928,6 +929,32 @@ def test_a_step_apart_waits_for_no_turn_but_taking_it_back_does(bench: Bench) ->
     status = bench.run()
     assert status.state == "failed"
     assert bench.log == ["do a", "turn", "turn", "undo b", "turn", "undo a"]
+
+
+def test_a_step_apart_takes_a_turn_where_it_asks_for_one(bench: Bench) -> None:
+    def do(turn: Turn) -> dict[str, int]:
+        bench.log.append("waits")
+        return {"found": turn.in_turn(lambda: bench.log.append("works") or 7)}
+
+    bench.wait = lambda look: bench.log.append("turn")
+    bench.steps = [bench.noted("a", do=do, apart=True)]
+    assert bench.run().result == {"found": 7}
+    assert bench.log == ["waits", "turn", "works"]
+
+
+def test_a_turn_that_a_step_asks_for_fails_it_or_is_cancelled(bench: Bench) -> None:
+    def wait(look: Callable[[], None]) -> None:
+        if "cancel" in bench.log:
+            bench.journal.cancel(["job-2"])
+            look()
+
+    no = raising(RefusedError("no"))
+    bench.wait = wait
+    bench.steps = [bench.noted("a", do=lambda turn: turn.in_turn(partial(no, turn)), apart=True)]
+    status = bench.run()
+    assert (status.state, status.error.text, bench.log) == ("failed", "no", ["undo a"])
+    bench.log[:] = ["cancel"]
+    assert (bench.run().state, bench.log) == ("cancelled", ["cancel", "undo a"])
 
 
 def test_real_threads(bench: Bench) -> None:
