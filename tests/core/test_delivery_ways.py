@@ -115,6 +115,8 @@ def test_what_waits_for_its_bytes_keeps_nobody_from_adding(fleet: Fleet, device:
     path.write_bytes(onnx_models.linear(5))
     device.edge_agent("models", "add", str(path), "--name", "other")
     device.edge_agent("store", "verify")
+    (looked,) = json.loads(device.edge_agent("maintenance", "--run", "repository", "--json"))["tasks"]
+    assert looked["ok"] and "too_many" in looked["text"], "one at a time reads the metadata"
     assert step() == "refresh"
     assert status()["under_way"] is None
     server = fleet.start("serve-blocks", str(fleet.folder / "repository" / "public"), stderr=subprocess.PIPE)
