@@ -32,6 +32,7 @@ done
 [ -x /usr/sbin/mosquitto ] || want_tool mosquitto mosquitto "the tests of the link and the fleet are skipped"
 want_tool age age "the tests that let another age implementation read our files are skipped"
 want_tool curl curl "the tests that speak to the agent with curl are skipped"
+want_tool faketime faketime "the tests with a clock that is wrong are skipped"
 want_tool systemd-analyze systemd "the tests of the units are skipped"
 want_tool systemd-nspawn systemd-container "the tests that boot the units are skipped"
 want_tool swtpm swtpm "the test that seals with a TPM is skipped"
