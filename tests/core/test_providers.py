@@ -126,7 +126,7 @@ def explained(device, model="chain"):
 
 def wait_for_review(device, provider, model="chain"):
     """Until the review after the start is over, with ``provider`` chosen."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while True:
         chosen = explained(device, model)[0]["winner"]
         if chosen.endswith(f"@{provider}") and device.json("status")["under_way"] is None:
