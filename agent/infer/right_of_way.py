@@ -5,10 +5,9 @@ the gaps between requests. Whoever wakes up waits until the next tick of the clo
 has just got, however little that one weighs, and its caches are cold. So children are stopped as soon as a request
 comes. Where requests take little of the time, children go on when none is left; else when it has been quiet for longer
 than such a wait could matter. Where it does not get quiet, they go on between requests all the same for a fifth of
-the time: **measured** at half load, between two and four of a hundred requests are late then, so that of all it is one,
-and a trial ends in a third of the time that it took with a twentieth of the time through requests. That is left to
-where requests leave no gap at all (``breathe``), so that such a device can be updated, too. What is measured meanwhile
-is known to have met requests.
+the time: **measured** at half load, some of a hundred requests are late then, no more than with a twentieth of the time
+through requests, and a trial ends in half of the time. That is left to where requests leave no gap at all
+(``breathe``), so that such a device can be updated, too. What is measured meanwhile is known to have met requests.
 
 Any thread may call. A process is told nothing once it has been taken out, which is before it is reaped.
 """
