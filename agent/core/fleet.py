@@ -61,6 +61,7 @@ class Fleet:
         self._store = store
         self._within = within
         self._operations = within.operations
+        self._lanes = Lanes(within.operations)
         self.boot_nonce = secrets.token_hex(16)
         self.enroller = Enroller(paths.trust_file, store)
         self.link = LinkState()
@@ -69,7 +70,7 @@ class Fleet:
         self.ledger = Ledger(paths.journal, self.clock, self.enroller)
         self.remote = RemoteConfig(store, within.file_config, self._hold, self._link_is_back)
         self._twin = Twin(
-            self.ledger.journal, self.remote, self._operations.submit, self._later, self._opened, self._operations.go_on
+            self.ledger.journal, self.remote, self._lanes.desire, self._later, self._opened, self._operations.go_on
         )
         self._news = asyncio.Event()
         self._reporting = Reporting(
@@ -82,7 +83,6 @@ class Fleet:
             self._news.set,
         )
         self._outgoing = self._reporting.outgoing
-        self._lanes = Lanes(within.operations)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="inbox")
         self.certificate_ends: str | None = None
         self._tasks: list[asyncio.Task[Any]] = []
@@ -135,7 +135,7 @@ class Fleet:
             except AgentError as error:
                 _LOG.warning("%s", error)
 
-        self._operations.submit("confirm the configuration", work)
+        self._lanes.desire("confirm the configuration", work)
 
     def reset_journal(self) -> dict[str, Any]:
         """Begin a new journal where the one that is there cannot be opened. ConflictError for one that works."""
