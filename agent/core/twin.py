@@ -25,7 +25,7 @@ _RETRY_S = 20.0
 
 
 class Twin:
-    """``reconcile`` is for the event loop's thread; the work is done in the operations'.
+    """``reconcile`` is for the event loop's thread; the work, which may wait for the link, in a thread of its own.
 
     ``submit`` has work done there, ``later`` calls something on the loop's thread after so many seconds (0: now, from
     any thread), ``opened`` gives the payload of an envelope whose signature still counts.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from typing import Any
 
 import pytest
 
@@ -84,9 +85,13 @@ def test_a_change_of_the_link_that_works_stays(device: FleetDevice) -> None:
     device.fleet.reports("it stays", lambda said: said["config_state"] == "applied")
 
 
+def on_probation(status: dict[str, Any]) -> bool:
+    return status["config_state"] == "confirming" and status["under_way"] is None
+
+
 def test_killed_on_probation_it_still_takes_itself_back(device: FleetDevice) -> None:
     job_id = device.fleet.give("config.apply", {"config": broken()})
-    until(lambda: device.status()["config_state"] == "confirming", "it is on probation", PATIENCE_S)
+    until(lambda: on_probation(device.status()), "it is on probation, and no operation waits for it", PATIENCE_S)
     device.restart(signal.SIGKILL)
     ended = device.fleet.ended(job_id)
     assert ended["state"] == "failed"
@@ -97,7 +102,7 @@ def test_killed_on_probation_it_still_takes_itself_back(device: FleetDevice) -> 
 def test_on_probation_it_takes_itself_back_although_the_job_is_lost(device: FleetDevice) -> None:
     """The journal is damaged in the middle: nobody knows of the job any more, and the way back is open all the same."""
     device.fleet.give("config.apply", {"config": broken()})
-    until(lambda: device.status()["config_state"] == "confirming", "it is on probation", PATIENCE_S)
+    until(lambda: on_probation(device.status()), "it is on probation, and no operation waits for it", PATIENCE_S)
     device.stop(signal.SIGKILL)
     (device.state / "journal.db").write_bytes(b"nothing of use" * 1000)
     device.start()
