@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,12 @@ class Guarding:
         self._config = config
         self._inference: Inference | None = None
         self._watch: Watch | None = None
-        self._watching = watching = Watching(self._connect, RIGHT_OF_WAY.hold, RIGHT_OF_WAY.let_go)
+        self._watching = watching = Watching(
+            self._connect,
+            RIGHT_OF_WAY.hold,
+            RIGHT_OF_WAY.let_go,
+            soon=lambda act: asyncio.get_running_loop().call_soon(act),
+        )
         self._shadowing: Shadowing | None = None
         self.quality = QualityKept(
             folder / "quality.json",

@@ -38,7 +38,9 @@ class _Followed:
 class Watching:
     """See ``agent.serve.inference.Watch``. ``connect`` tells inference whom to tell; None: nobody.
 
-    While somebody gives way ``hold`` is called when a request comes, and ``let_go`` when none is left.
+    While somebody gives way ``hold`` is called when a request comes, and ``let_go`` when none is left and what it is
+    told in has been left, too (``soon``): until then the answer has not been sent, and whoever goes on before that may
+    have the processor that the app wakes up for.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class Watching:
         connect: Callable[[Watch | None], None],
         hold: Callable[[], None] = lambda: None,
         let_go: Callable[[], None] = lambda: None,
+        soon: Callable[[Callable[[], None]], object] = lambda act: act(),
     ) -> None:
         self._connect = connect
         self._hold = hold
         self._let_go = let_go
+        self._soon = soon
         self._followed: dict[str, _Followed] = {}
         self._measuring = 0
         self._giving_way = False
@@ -122,6 +126,10 @@ class Watching:
 
     def _close(self, at: int) -> None:
         del self._open[at]
+        if not self._open:
+            self._soon(self._quiet)
+
+    def _quiet(self) -> None:
         if not self._open:
             self._let_go()
 

@@ -4,9 +4,9 @@ The lowest priority alone does not do: **measured**, one in fifteen answers of 2
 the gaps between requests. Whoever wakes up waits until the next tick of the clock for a processor that somebody else
 has just got, however little that one weighs, and its caches are cold. So children are stopped as soon as a request
 comes. Where requests take little of the time, children go on when none is left; else when it has been quiet for longer
-than such a wait could matter. Where it does not get quiet, they go on between requests all the same for a fifth of
-the time: **measured** at half load, some of a hundred requests are late then, no more than with a twentieth of the time
-through requests, and a trial ends in half of the time. That is left to where requests leave no gap at all
+than such a wait could matter. Where it does not get quiet, they go on between requests all the same for a tenth of the
+time: **measured** at half load by the scheduler's own events, one in a hundred requests was late while it was a fifth,
+which is what the slowest hundredth tells. Through requests that is left to where these leave no gap at all
 (``breathe``), so that such a device can be updated, too. What is measured meanwhile is known to have met requests.
 
 Any thread may call. A process is told nothing once it has been taken out, which is before it is reaped.
@@ -25,7 +25,7 @@ from collections.abc import Callable
 _QUIET_S = 0.025
 #: Stopped for so long, in seconds, children go on between requests for so long; where these left no gap then, for a
 #: moment through them. In a twentieth of the time it meets few.
-_HELD_S, _LOOSE_S, _BREATH_S = 0.32, 0.08, 0.02
+_HELD_S, _LOOSE_S, _BREATH_S = 0.36, 0.04, 0.02
 #: Requests that take a smaller share than that of the time, of late, leave enough of it: of how late, in seconds.
 _LIGHT, _LATE_S = 0.25, 0.2
 

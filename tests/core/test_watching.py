@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -130,6 +131,24 @@ def test_whoever_gives_way_is_told_when_requests_come_and_when_none_is_left(site
     assert site.told[-1]
     site.watching.measure(on=False)
     assert not site.told[-1]
+
+
+def test_who_gives_way_waits_until_the_answer_has_been_sent() -> None:
+    """Who is told of the end while it is being told of has not sent the answer yet; by then the next may have come."""
+    told: list[str] = []
+    later: list[Callable[[], None]] = []
+    watching = Watching(lambda watch: None, lambda: told.append("hold"), lambda: told.append("go"), later.append)
+    watching.give_way(on=True)
+    told.clear()
+    watching.began(1)
+    watching.ended(1)
+    assert told == ["hold"]
+    watching.began(2)
+    later.pop()()
+    assert told == ["hold", "hold"], "another one has come"
+    watching.ended(2)
+    later.pop()()
+    assert told == ["hold", "hold", "go"]
 
 
 def test_a_request_that_ended_without_a_word_holds_nobody_for_ever(site: Site) -> None:
