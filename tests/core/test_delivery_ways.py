@@ -17,10 +17,11 @@ from agent.base.errors import AgentError
 from agent.client import Client
 from tests import onnx_models
 from tests.core.test_daemon import X, bundle
-from tests.core.test_delivery_story import DEVICE, NAME, answer
+from tests.core.test_delivery_story import DEVICE, NAME, Site, answer
 from tests.fleet.conftest import Fleet, fleet
 from tests.fleet.test_whole_way import RealAgent
 from tests.fleet.waiting import until
+from tests.link.mirror_server import Mirror
 
 __all__ = ["fleet"]
 
@@ -127,6 +128,26 @@ def test_what_waits_for_its_bytes_keeps_nobody_from_adding(fleet: Fleet, device:
         server.wait()
         assert server.stderr is not None
         server.stderr.close()
+    device.answers("1.0.0")
+
+
+@pytest.mark.slow
+def test_an_installation_that_hangs_goes_on_once_the_fleet_names_another_mirror(fleet: Fleet, device: Device) -> None:
+    publish(fleet, "1.0.0", 1)
+    fleet.ok("job", "model.install", f"model={NAME}", "version=1.0.0", "-d", DEVICE, "--id", "stuck")
+
+    def step() -> str | None:
+        jobs = json.loads(device.edge_agent("status", "--json"))["jobs"]
+        found: str | None = jobs.get("normal", {}).get("step")
+        return found
+
+    until(lambda: step() == "refresh", "it asks for the repository's metadata, which nobody brings", 60)
+    with Mirror({}, fleet.scratch / "mirror") as mirror:
+        mirror.files = Site(fleet.folder / "repository" / "public")  # type: ignore[assignment]
+        where = f"delivery.mirrors={json.dumps([mirror.base])}", f"delivery.ca_file={json.dumps(mirror.ca)}"
+        fleet.ok("desired", "set", *where, "--device", DEVICE)
+        until(lambda: heard(fleet, "stuck") == "succeeded", f"it comes\n{device.log.read_text()}", 120)
+        assert mirror.asked
     device.answers("1.0.0")
 
 
