@@ -60,6 +60,16 @@ def test_what_runs_slower_answers_first_only_where_it_gains_much_and_another_tak
     ) == ["mapped-unpacked", "ort"]  # behind, memory counts: it is loaded while another answers
 
 
+def test_what_differs_by_noise_alone_is_not_loaded_twice():
+    """Weights arranged alike run alike; a burst of something else fell on all runs of one form."""
+    assert chosen(
+        figures(PLAIN, 13.5, 4.5, 5.0, 15),
+        figures(STEADY, 8.2, 4.9, 5.0, 5, shares=True),
+        figures(QUICK, 2.0, 5.3, 4.9, 1, shares=True),
+        figures(Route("ort", prepack=False), 8.0, 4.5, 4.1, 14),
+    ) == ["mapped-unpacked"]
+
+
 def test_what_runs_slower_and_gains_little_is_not_chosen():
     """MobileNetV2 in int8."""
     assert chosen(
