@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 from tuf.api.exceptions import (
@@ -80,17 +80,26 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A file that the repository vouches for: length in bytes, SHA-256 in hex; ``custom`` is signed with it."""
+    """A file that the repository vouches for: length in bytes, digest in hex; ``custom`` is signed with it."""
 
     path: str
     length: int
-    sha256: str
+    digest: str
     custom: Mapping[str, Any] | None = field(default=None, compare=False)
+    #: SHA-512 where it lists no SHA-256, as other publishers may; a file of ours has the latter.
+    algorithm: Literal["sha256", "sha512"] = "sha256"
+
+    @property
+    def sha256(self) -> str:
+        """In hex. DeliveryError malformed where another digest is listed alone."""
+        if self.algorithm != "sha256":
+            raise DeliveryError("malformed", f"{self.path} is listed without a SHA-256")
+        return self.digest
 
     @property
     def file(self) -> str:
         """Where it lies below the repository's base."""
-        return f"{TARGETS}/{target_file(self.path, self.sha256)}"
+        return f"{TARGETS}/{target_file(self.path, self.digest)}"
 
 
 class Repository:
@@ -151,8 +160,11 @@ class Repository:
         target = self.find(path)
         if target.length > most:
             raise DeliveryError("too_long", f"{path} has {target.length} bytes, {most} are allowed")
-        data = self._fetcher.bring(self.want(target))
-        if len(data) != target.length or hashlib.sha256(data).hexdigest() != target.sha256:
+        known = target.digest if target.algorithm == "sha256" else None
+        data = self._fetcher.bring(
+            self._fetcher.want(quote(target.file), target.length, length=target.length, sha256=known)
+        )
+        if len(data) != target.length or hashlib.new(target.algorithm, data).hexdigest() != target.digest:
             raise DeliveryError("wrong_content", f"{path} is not what the repository lists")
         return data
 
@@ -314,11 +326,12 @@ class _Fetcher(FetcherInterface):
 def _target(info: TargetFile) -> Target:
     if any(part in ("", ".", "..") for part in info.path.split("/")) or not info.path.isprintable():
         raise DeliveryError("malformed", f"{info.path} is no path below the repository")
-    sha256 = info.hashes.get("sha256")
-    if sha256 is None or len(sha256) != hashlib.sha256().digest_size * 2 or set(sha256) - set("0123456789abcdef"):
-        raise DeliveryError("malformed", f"{info.path} is listed without a SHA-256")
+    algorithm: Literal["sha256", "sha512"] = "sha256" if "sha256" in info.hashes else "sha512"
+    digest = info.hashes.get(algorithm, "")
+    if len(digest) != hashlib.new(algorithm).digest_size * 2 or set(digest) - set("0123456789abcdef"):
+        raise DeliveryError("malformed", f"{info.path} is listed without a SHA-256 or SHA-512")
     custom = info.custom
-    return Target(info.path, info.length, sha256, custom if isinstance(custom, dict) else None)
+    return Target(info.path, info.length, digest, custom if isinstance(custom, dict) else None, algorithm)
 
 
 def _keys_of(root: Root, role: str) -> str:

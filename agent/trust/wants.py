@@ -94,7 +94,7 @@ def header_target(model: str, version: str, part: str) -> str:
     return f"models/{model}/{version}/header/{part}"
 
 
-def target_file(target: str, sha256: str) -> str:
+def target_file(target: str, digest: str) -> str:
     """Where a target lies below ``targets``: with its digest before its name (TUF 1.0.34, 6.2)."""
     folder, _, name = target.rpartition("/")
-    return f"{folder}/{sha256}.{name}" if folder else f"{sha256}.{name}"
+    return f"{folder}/{digest}.{name}" if folder else f"{digest}.{name}"

@@ -118,10 +118,10 @@ class Simulator:
         self.served[f"metadata/{self.root.version}.root.json"] = data
         return data
 
-    def put(self, path: str, content: bytes, role: str = "targets") -> None:
+    def put(self, path: str, content: bytes, role: str = "targets", algorithm: str = "sha256") -> None:
         """A target, listed by a role."""
-        digest = hashlib.sha256(content).hexdigest()
-        self.md[role].signed.targets[path] = TargetFile(len(content), {"sha256": digest}, path)
+        digest = hashlib.new(algorithm, content).hexdigest()
+        self.md[role].signed.targets[path] = TargetFile(len(content), {algorithm: digest}, path)
         folder, _, name = path.rpartition("/")
         self.served[f"targets/{folder}/{digest}.{name}" if folder else f"targets/{digest}.{name}"] = content
 

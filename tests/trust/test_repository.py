@@ -60,6 +60,20 @@ def test_a_target_is_found_and_read(mirror: Simulator, device: Callable[..., Rep
     assert mirror.asked[:2] == ["metadata/2.root.json", "metadata/timestamp.json"]
 
 
+def test_what_another_publisher_lists_with_a_sha_512_alone_is_read_and_not_landed(
+    mirror: Simulator, device: Callable[..., Repository]
+) -> None:
+    mirror.put("other", b"content", algorithm="sha512")
+    mirror.put("odd", b"content", algorithm="md5")
+    mirror.publish()
+    repository = device()
+    assert repository.read("other", 1000) == b"content"
+    assert refused(lambda: repository.want(repository.find("other"))).code == "malformed"
+    assert refused(lambda: repository.find("odd")).code == "malformed"
+    mirror.served[repository.find("other").file] = b"CONTENT"
+    assert refused(lambda: repository.read("other", 1000)).code == "wrong_content"
+
+
 def test_a_second_refresh_fetches_only_what_is_new(mirror: Simulator, device: Callable[..., Repository]) -> None:
     device().refresh()
     mirror.asked.clear()

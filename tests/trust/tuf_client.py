@@ -82,7 +82,7 @@ def download(options: argparse.Namespace) -> None:
     client = refresh(options)
     target = client.find(options.target_name)
     place: Path = options.target_dir / quote(options.target_name, safe="")
-    if place.exists() and hashlib.sha256(place.read_bytes()).hexdigest() == target.sha256:
+    if place.exists() and hashlib.new(target.algorithm, place.read_bytes()).hexdigest() == target.digest:
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(place, client.read(options.target_name, target.length))
