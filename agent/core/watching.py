@@ -38,9 +38,9 @@ class _Followed:
 class Watching:
     """See ``agent.serve.inference.Watch``. ``connect`` tells inference whom to tell; None: nobody.
 
-    While somebody gives way ``hold`` is called when a request comes, and ``let_go`` when none is left and what it is
-    told in has been left, too (``soon``): until then the answer has not been sent, and whoever goes on before that may
-    have the processor that the app wakes up for.
+    While somebody gives way ``hold`` is called when a request comes, and ``let_go`` when none is left: through
+    ``soon``, after what the event loop does now. By then the answer has been sent; who goes on before that may have the
+    processor that the app wakes up for.
     """
 
     def __init__(

@@ -5,9 +5,9 @@ the gaps between requests. Whoever wakes up waits until the next tick of the clo
 has just got, however little that one weighs, and its caches are cold. So children are stopped as soon as a request
 comes. Where requests take little of the time, children go on when none is left; else when it has been quiet for longer
 than such a wait could matter. Where it does not get quiet, they go on between requests all the same for a tenth of the
-time: **measured** at half load by the scheduler's own events, one in a hundred requests was late while it was a fifth,
-which is what the slowest hundredth tells. Through requests that is left to where these leave no gap at all
-(``breathe``), so that such a device can be updated, too. What is measured meanwhile is known to have met requests.
+time: **measured** at half load, one in a hundred requests was late while it was a fifth. Through requests they go on
+only where these leave no gap at all (``breathe``), so that such a device can be updated, too. What is measured
+meanwhile is known to have met requests.
 
 Any thread may call. A process is told nothing once it has been taken out, which is before it is reaped.
 """

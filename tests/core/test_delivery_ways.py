@@ -104,22 +104,15 @@ def test_what_waits_for_its_bytes_keeps_nobody_from_adding(fleet: Fleet, device:
     publish(fleet, "1.0.0", 1)
     fleet.ok("job", "model.install", f"model={NAME}", "version=1.0.0", "-d", DEVICE, "--id", "slow")
 
-    def status() -> dict[str, Any]:
-        return dict(json.loads(device.edge_agent("status", "--json")))
-
-    def step() -> str | None:
-        found: str | None = status()["jobs"].get("normal", {}).get("step")
-        return found
-
-    until(lambda: step() == "refresh", "it asks for the repository's metadata, which nobody brings", 60)
+    until(lambda: step(device) == "refresh", "it asks for the repository's metadata, which nobody brings", 60)
     path = tmp_path / "other.onnx"
     path.write_bytes(onnx_models.linear(5))
     device.edge_agent("models", "add", str(path), "--name", "other")
     device.edge_agent("store", "verify")
     (looked,) = json.loads(device.edge_agent("maintenance", "--run", "repository", "--json"))["tasks"]
     assert looked["ok"] and "too_many" in looked["text"], "one at a time reads the metadata"
-    assert step() == "refresh"
-    assert status()["under_way"] is None
+    assert step(device) == "refresh"
+    assert status(device)["under_way"] is None
     server = fleet.start("serve-blocks", str(fleet.folder / "repository" / "public"), stderr=subprocess.PIPE)
     try:
         until(lambda: heard(fleet, "slow") == "succeeded", f"it comes\n{device.log.read_text()}", 120)
@@ -136,12 +129,7 @@ def test_an_installation_that_hangs_goes_on_once_the_fleet_names_another_mirror(
     publish(fleet, "1.0.0", 1)
     fleet.ok("job", "model.install", f"model={NAME}", "version=1.0.0", "-d", DEVICE, "--id", "stuck")
 
-    def step() -> str | None:
-        jobs = json.loads(device.edge_agent("status", "--json"))["jobs"]
-        found: str | None = jobs.get("normal", {}).get("step")
-        return found
-
-    until(lambda: step() == "refresh", "it asks for the repository's metadata, which nobody brings", 60)
+    until(lambda: step(device) == "refresh", "it asks for the repository's metadata, which nobody brings", 60)
     with Mirror({}, fleet.scratch / "mirror") as mirror:
         mirror.files = Site(fleet.folder / "repository" / "public")  # type: ignore[assignment]
         where = f"delivery.mirrors={json.dumps([mirror.base])}", f"delivery.ca_file={json.dumps(mirror.ca)}"
@@ -178,6 +166,16 @@ def test_a_device_without_any_network_is_updated_by_a_stick(fleet: Fleet, device
 
     fleet.broker.start()
     until(lambda: heard(fleet, "again") == "succeeded", f"the operator hears of it\n{device.log.read_text()}", 60)
+
+
+def status(device: Device) -> dict[str, Any]:
+    return dict(json.loads(device.edge_agent("status", "--json")))
+
+
+def step(device: Device) -> str | None:
+    """What its normal job is at."""
+    found: str | None = status(device)["jobs"].get("normal", {}).get("step")
+    return found
 
 
 def heard(fleet: Fleet, job: str) -> str:
