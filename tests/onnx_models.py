@@ -32,15 +32,15 @@ def linear(seed=0, features=16, classes=4):
     )
 
 
-def heavy(side=512, layers=4, seed=0):
+def heavy(side=512, layers=4, seed=0, rows="n"):
     """x[n, side] -> y[n, side]: about ``layers * side * side`` multiplications a row, weights of 4 bytes each."""
     generator = np.random.default_rng(seed)
     weights = [generator.standard_normal((side, side)).astype(np.float32) / side**0.5 for _ in range(layers)]
     names = ["x", *(f"h{index}" for index in range(1, layers)), "y"]
     return model(
         [helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]]) for i in range(layers)],
-        [tensor("x", ["n", side])],
-        [tensor("y", ["n", side])],
+        [tensor("x", [rows, side])],
+        [tensor("y", [rows, side])],
         [constant(f"w{index}", array) for index, array in enumerate(weights)],
     )
 

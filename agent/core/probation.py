@@ -79,6 +79,7 @@ class Probations:
         self._saving: asyncio.Future[None] | None = None
         self._unsaved = False
         self._stopped = False
+        self._found: tuple[CatalogDocument | None, list[Finding]] = None, []  # what is wrong with which catalog
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -336,8 +337,14 @@ class Probations:
 
     def findings(self) -> list[Finding]:
         """What was taken back, as long as nothing else has come in its place."""
+        document = self._around.store.document
+        if self._found[0] is not document:
+            self._found = document, self._findings(document)
+        return self._found[1]
+
+    def _findings(self, document: CatalogDocument) -> list[Finding]:
         found = []
-        for name, model in self._around.store.document.models.items():
+        for name, model in document.models.items():
             for version, record in _records(model):
                 if record["state"] == "rolled_back" and model.active == record["before"]:
                     text = f"{name} {version} was taken back, {record['before']} answers: {record['text']}"

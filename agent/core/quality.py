@@ -113,12 +113,11 @@ class QualityKept:
 
     def findings(self) -> list[Finding]:
         """Active versions whose answers have become worse, by what apps say."""
-        found = []
-        for name, model in self._document().models.items():
-            if model.active is None:
-                continue
-            with self._lock:
-                problem = self._quality.problem(name, model.active)
-            if problem:
-                found.append(Finding("quality", "warning", f"{name} {model.active}: {problem}"))
-        return found
+        with self._lock:
+            problems = sorted(self._quality.problems())
+        models = self._document().models
+        return [
+            Finding("quality", "warning", f"{name} {version}: {problem}")
+            for name, version, problem in problems
+            if name in models and models[name].active == version
+        ]

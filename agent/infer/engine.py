@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,8 @@ class Engine:
         self._caching: Caching | None = None
         self._cascading = Cascading(self._answer, self._standing.hurried)
         self._closing = False
+        #: What ``index`` says of which shelf: it is asked for far more often than it changes.
+        self._indexed: tuple[Shelf | None, Sequence[Mapping[str, str]]] = None, []
         #: Told when a request is about to run: whatever runs aside shall end.
         self.give_way: Callable[[], None] | None = None
 
@@ -86,15 +88,11 @@ class Engine:
         """Whether requests are taken."""
         return not self._closing
 
-    def index(self) -> list[dict[str, Any]]:
+    def index(self) -> Sequence[Mapping[str, str]]:
         """Every installed version: READY when it can answer, else UNAVAILABLE with the reason."""
-        rows = []
-        for (model, version), served in sorted(self._shelf.versions.items()):
-            active = self._shelf.active.get(model) == version
-            state = "READY" if served.options and active else "UNAVAILABLE"
-            reason = served.reason or ("" if active else "not the active version")
-            rows.append({"name": model, "version": version, "state": state, "reason": reason})
-        return rows
+        if self._indexed[0] is not self._shelf:
+            self._indexed = self._shelf, list(_index(self._shelf))
+        return self._indexed[1]
 
     def model_metadata(self, name: str, version: str | None = None) -> dict[str, Any]:
         """Open Inference Protocol model metadata; NotFoundError."""
@@ -136,13 +134,17 @@ class Engine:
 
     def cascades(self) -> list[dict[str, Any]]:
         """The active versions that answer by a cascade, or were to, for ``status``."""
-        shelf = self._shelf
-        versions = (shelf.versions[key] for key in sorted(shelf.active.items()) if key in shelf.versions)
+        active = self._shelf.active
+        cascades = (
+            served
+            for (model, version), served in self._shelf.versions.items()
+            if (served.cascade is not None or served.no_cascade) and active.get(model) == version
+        )
         return [
             {"model": served.model, "version": served.version, "in_force": found is not None, "why": served.no_cascade}
             | ({"first": found.first, "then": found.then, "threshold": found.threshold} if found else {})
-            for served in versions
-            if (found := served.cascade) is not None or served.no_cascade
+            for served in sorted(cascades, key=lambda served: served.model)
+            for found in [served.cascade]
         ]
 
     def memory(self) -> dict[str, Any]:
@@ -346,6 +348,14 @@ class Engine:
                 self._waiting[served.model] = left
             else:
                 del self._waiting[served.model]
+
+
+def _index(shelf: Shelf) -> Iterator[dict[str, str]]:
+    for (model, version), served in sorted(shelf.versions.items()):
+        active = shelf.active.get(model) == version
+        state = "READY" if served.options and active else "UNAVAILABLE"
+        reason = served.reason or ("" if active else "not the active version")
+        yield {"name": model, "version": version, "state": state, "reason": reason}
 
 
 def _metadata(spec: TensorSpec) -> dict[str, Any]:

@@ -69,6 +69,7 @@ class Holdings:
 
     def __init__(self) -> None:
         self.sessions: dict[Name, Session] = {}
+        self.loading: dict[Name, Session] = {}  # those of them
         self.plaintexts: dict[Blob, Plaintext] = {}
         self.held = 0
         self.leaving = 0
@@ -78,7 +79,7 @@ class Holdings:
 
     def begin_load(self, name: Name, item: Item) -> tuple[Session, bool]:
         """A session is on its way; whether its plaintext was held before."""
-        session = self.sessions[name] = Session(name, item)
+        session = self.sessions[name] = self.loading[name] = Session(name, item)
         self.held += item.session
         plaintext = self.plaintexts.get(item.blob)
         held = plaintext is not None
@@ -98,6 +99,7 @@ class Holdings:
     def loaded(self, session: Session) -> None:
         """It answers from now on. What does not share its plaintext has no more use for it."""
         session.state = State.READY
+        del self.loading[session.name]
         plaintext = self.plaintexts.get(session.item.blob)
         if plaintext is not None:
             plaintext.state = State.READY
@@ -105,7 +107,7 @@ class Holdings:
 
     def load_failed(self, session: Session, *, kept: bool) -> None:
         """It never came; ``kept``: its plaintext did."""
-        del self.sessions[session.name]
+        del self.sessions[session.name], self.loading[session.name]
         self.held -= session.item.session
         plaintext = self.plaintexts.get(session.item.blob)
         if plaintext is not None:

@@ -2,7 +2,8 @@
 
 The child writes into a memory file that only it and we hold; then the file is sealed, so that neither can change what
 was judged, and each route of it is loaded side by side with the plain model. A form counts when its answers agree with
-the golden set as the variant's have to, or, where there is none, with the plain model's own.
+the golden set as the variant's have to, or, where there is none, with the plain model's own. What is to answer in the
+long run is then run with fewer threads beside all.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agent.infer import answers
 from agent.infer.children import ChildError, ChildLimits, ChildProcess
-from agent.infer.forms import ROUTES, Figures, choose_forms, needs_file
+from agent.infer.forms import ROUTES, Figures, choose_forms, choose_threads, needs_file
+from agent.infer.gains import sizes
 from agent.infer.runtimes.base import PLAIN, Route
 from agent.infer.trial import Entrant, Surroundings, TrialPlan
 
@@ -28,6 +30,11 @@ _LARGEST, _LARGEST_BYTES = 3, 64 << 20
 _LEAST, _MOST = 6, 80
 #: For how long loads are compared where the best times do not show before: on a busy device.
 SECONDS = 10.0
+#: And the numbers of threads, for so much of that.
+_THREADS_SHARE = 0.25
+
+#: A route, and with how many threads.
+_Way = tuple[Route, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +42,14 @@ class Prepared:
     """What was found: ``forms`` to open the model in, ``plain`` beside them, and the file that they need, if any.
 
     ``descriptor`` is sealed and valid until the context ends; ``note`` says why there is nothing better than plain.
+    ``threads``: as many as a session is to have, None where that was not found out.
     """
 
     forms: tuple[Figures, ...] = ()
     plain: Figures | None = None
     descriptor: int | None = None
     note: str = ""
+    threads: int | None = None
 
 
 @contextlib.contextmanager
@@ -87,39 +96,62 @@ def _prepare(
     if not os.fstat(target).st_size:
         raise ChildError("crashed", "wrote nothing")
     _seal(target)
-    figures = _compare(child, plan, seconds, (size, os.fstat(target).st_size))
-    return _chosen(figures, target, lambda route: _agrees(child, plan, route))
+    all_threads, prepared_size = entrant.key.threads, os.fstat(target).st_size
+    found, _ = _compare(child, plan, seconds, [(route, all_threads) for route in ROUTES])
+    measured = [
+        _figures(route, answer, size if route == PLAIN else prepared_size) for (route, _), answer in found.items()
+    ]
+    chosen = _chosen(measured, target, lambda route: _agrees(child, plan, (route, all_threads)))
+    return replace(chosen, threads=_threads(child, plan, seconds, chosen.forms, all_threads))
 
 
-def _compare(child: ChildProcess, plan: TrialPlan, seconds: float, sizes: tuple[int, int]) -> list[Figures]:
-    """Every route that loads; ``sizes`` in bytes of the plain file and the prepared one."""
+def _compare(
+    child: ChildProcess, plan: TrialPlan, seconds: float, ways: Sequence[_Way]
+) -> tuple[dict[_Way, Mapping[str, Any]], bool]:
+    """What was measured of every way that loads; whether each input has the same shape in all requests."""
     answer = child.call(
         "compare",
         plan.check_timeout_s,
-        routes=[[route.kind, route.prepack] for route in ROUTES],
+        ways=[[route.kind, route.prepack, threads] for route, threads in ways],
         seconds=seconds,
         least=_LEAST,
         most=_MOST,
     )
-    found = answer.get("routes")
-    if not isinstance(found, list) or len(found) != len(ROUTES) or not all(isinstance(one, dict) for one in found):
-        raise ChildError("crashed", "answered with nonsense for 'routes'")
-    return [
-        _figures(route, one, sizes[route != PLAIN])
-        for route, one in zip(ROUTES, found, strict=True)
-        if "error" not in one
-    ]
+    found = answer.get("ways")
+    if not isinstance(found, list) or len(found) != len(ways) or not all(isinstance(one, dict) for one in found):
+        raise ChildError("crashed", "answered with nonsense for 'ways'")
+    return {way: one for way, one in zip(ways, found, strict=True) if "error" not in one}, answer.get("fixed") is True
+
+
+def _threads(child: ChildProcess, plan: TrialPlan, seconds: float, forms: Sequence[Figures], most: int) -> int | None:
+    """How many threads a session is to have, by the form for the long run.
+
+    None where requests may be larger than what was measured, so that they may gain where the measured ones did not.
+    """
+    if not forms or most < 2:
+        return None
+    counts = sizes(most)
+    found, fixed = _compare(child, plan, seconds * _THREADS_SHARE, [(forms[-1].route, count) for count in counts])
+    if not fixed or len(found) != len(counts):
+        return None
+    runs = {count: _shortest(answer, "run") for (_, count), answer in found.items()}
+    threads = choose_threads(runs)
+    agree = threads == most or not any(_agrees(child, plan, (form.route, threads)) for form in forms)
+    return threads if agree else None
+
+
+def _shortest(answer: Mapping[str, Any], name: str) -> float:
+    """In seconds, of several: whatever else the device does makes them longer, never shorter."""
+    return min(answers.numbers(answer, name, _MOST)) / 1e3
 
 
 def _figures(route: Route, answer: Mapping[str, Any], size: int) -> Figures:
-    # The shortest of each: whatever else the device does makes it longer, never shorter.
-    times = {name: min(answers.numbers(answer, name, _MOST)) / 1e3 for name in ("load", "first", "run")}
     shared = answers.number(answer, "shared_kb") * 1024
     return Figures(
         route,
-        times["load"],
-        times["first"],
-        times["run"],
+        _shortest(answer, "load"),
+        _shortest(answer, "first"),
+        _shortest(answer, "run"),
         own=int(answers.number(answer, "own_kb") * 1024),
         size=size,
         shares=shared >= size / 2,
@@ -144,9 +176,10 @@ def _chosen(figures: Sequence[Figures], descriptor: int, agrees: Callable[[Route
         left = [one for one in left if one.route != wrong[0].route]
 
 
-def _agrees(child: ChildProcess, plan: TrialPlan, route: Route) -> str:
+def _agrees(child: ChildProcess, plan: TrialPlan, way: _Way) -> str:
     """Empty where its answers are right, else what is wrong with them."""
-    answer = child.call("agree", plan.check_timeout_s, route=[route.kind, route.prepack], metric=plan.metric)
+    (kind, prepack), threads = (way[0].kind, way[0].prepack), way[1]
+    answer = child.call("agree", plan.check_timeout_s, route=[kind, prepack], threads=threads, metric=plan.metric)
     if plan.open_golden is None:
         return "" if answer.get("same") is True else "its answers are not the plain model's"
     value = answers.optional_number(answer, "agreement")

@@ -30,6 +30,7 @@ class PreparingChild(Child):
         super().__init__(model, golden)
         self._prepared = prepared
         self._options: dict[str, Any] = {}
+        self._fixed = False
 
     def operations(self) -> dict[str, Operation]:
         return {"prepare": self.prepare, "write": self.write, "compare": self.compare, "agree": self.agree}
@@ -38,40 +39,41 @@ class PreparingChild(Child):
         """Write the prepared file. The options and shapes hold for everything that follows."""
         self._options = dict(request)
         self.require_whole(request["runtime"])
-        self._runtime().prepare(self._model, self._prepared, self._load_options(Route()))
+        self._runtime().prepare(self._model, self._prepared, self._load_options(Route(), request["threads"]))
         return {}
 
     def compare(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Load and run each route in turn, in rounds, until the best times are found, for about ``seconds`` at most.
+        """Load and run each way in turn, in rounds, until the best times are found, for about ``seconds`` at most.
 
-        Times in ms, memory in KB. A route that does not load has an ``error`` in place of figures.
+        A way is a route and a number of threads. Times in ms, memory in KB; one that does not load has an ``error`` in
+        place of figures. ``fixed``: each input has the same shape in all requests.
         """
-        routes = [Route(kind, prepack) for kind, prepack in request["routes"]]
-        found: list[dict[str, Any]] = [{"load": [], "first": [], "run": []} for _ in routes]
+        ways = [(Route(kind, prepack), threads) for kind, prepack, threads in request["ways"]]
+        found: list[dict[str, Any]] = [{"load": [], "first": [], "run": []} for _ in ways]
         end = time.perf_counter() + request["seconds"]
         for turn in range(request["most"]):
             if turn >= request["least"] and (time.perf_counter() > end or _found(found)):
                 break
-            for route, figures in zip(routes, found, strict=True):
+            for (route, threads), figures in zip(ways, found, strict=True):
                 if "error" not in figures:
-                    self._measure(route, figures, first=turn == 0)
-        return {"routes": found}
+                    self._measure(route, threads, figures, first=turn == 0)
+        return {"ways": found, "fixed": self._fixed}
 
     def agree(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Whether a route's answers are right: agreement with the golden set, else with the plain model's answers."""
-        session = self._open(Route(*request["route"]))
+        session = self._open(Route(*request["route"]), request["threads"])
         if self._golden_descriptor is not None:
             return self.judge(session, request["metric"])
-        return {"same": self._same(session, self._open(Route()))}
+        return {"same": self._same(session, self._open(Route(), self._options["threads"]))}
 
-    def _measure(self, route: Route, figures: dict[str, Any], *, first: bool) -> None:
+    def _measure(self, route: Route, threads: int, figures: dict[str, Any], *, first: bool) -> None:
         """One load and some runs. Memory is taken in the first round: what a session holds without its arena."""
         if first:
             self._give_back()
             own, shared = status_kb("RssAnon"), status_kb("RssShmem")
         try:
             begun = time.perf_counter()
-            session = self._open(route)
+            session = self._open(route, threads)
             loaded = time.perf_counter()
             example = self._example(session)
             names = [spec.name for spec in session.outputs]
@@ -81,6 +83,7 @@ class PreparingChild(Child):
         except (PeerError, DamagedError, UnsupportedError) as error:
             figures["error"] = str(error)
             return
+        self._fixed = all(axis >= 0 for spec in session.inputs for axis in spec.shape)
         runs: list[float] = []
         while len(runs) < _LEAST_RUNS or time.perf_counter() - answered < _RUNS_S:
             before = time.perf_counter()
@@ -113,25 +116,25 @@ class PreparingChild(Child):
         example: Mapping[str, Any] = next(iter(self._golden().examples(session.inputs)))
         return example
 
-    def _open(self, route: Route) -> Session:
+    def _open(self, route: Route, threads: int) -> Session:
         descriptor = self._model if route.kind == "plain" else self._prepared
-        return self._runtime().load(descriptor, self._load_options(route))
+        return self._runtime().load(descriptor, self._load_options(route, threads))
 
     def _give_back(self) -> None:
         self._runtime().trim()
         return_memory()
 
-    def _load_options(self, route: Route) -> LoadOptions:
+    def _load_options(self, route: Route, threads: int) -> LoadOptions:
         given = self._options
-        return LoadOptions(given["provider"], given["threads"], given.get("parameters", {}), route)
+        return LoadOptions(given["provider"], threads, given.get("parameters", {}), route)
 
     def _runtime(self) -> Runtime:
         return self.runtime(self._options["runtime"])
 
 
-def _found(routes: Sequence[Mapping[str, Any]]) -> bool:
+def _found(ways: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last rounds brought no better times: on a busy device the true ones take longer to show."""
-    samples = [route[name] for route in routes if "error" not in route for name in ("load", "first", "run")]
+    samples = [way[name] for way in ways if "error" not in way for name in ("load", "first", "run")]
     return all(min(times[:-_LAST]) <= _BETTER * min(times) for times in samples)
 
 

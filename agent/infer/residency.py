@@ -363,8 +363,8 @@ class Residency:
 
     def _staying_beside(self, name: Name, item: Item) -> int:
         """Bytes that will not go for it: its own plaintext, and pinned sessions."""
-        sessions = [s for s in self._holdings.sessions.values() if s.state is not State.CLOSING and s.name != name]
-        others = [session.item for session in sessions if session.name in self._pins]
+        pinned = [s for s in map(self._holdings.sessions.get, self._pins) if s is not None and s.name != name]
+        others = [session.item for session in pinned if session.state is not State.CLOSING]
         blobs = {other.blob: other.plaintext for other in others if other.shares and other.blob != item.blob}
         return self._own(item) + sum(other.session for other in others) + sum(blobs.values())
 
@@ -373,10 +373,11 @@ class Residency:
         plaintext = self._holdings.plaintexts.get(item.blob)
         if plaintext is not None and plaintext.state is not State.READY:
             return False
-        loading = [s.item for s in self._holdings.sessions.values() if s.state is State.LOADING]
+        loading = self._holdings.loading
         if len(loading) >= self._lanes:
             return False
-        return not _is_slow(item) or self._lanes == 1 or sum(map(_is_slow, loading)) < self._lanes - 1
+        slow = sum(_is_slow(session.item) for session in loading.values())
+        return not _is_slow(item) or self._lanes == 1 or slow < self._lanes - 1
 
     def _start(self, name: Name, item: Item) -> None:
         _, held = self._holdings.begin_load(name, item)
@@ -436,7 +437,7 @@ class Residency:
 
     def _preload_next(self) -> None:
         """One at a time, into room that nobody needs."""
-        while self._preloads and not any(s.state is State.LOADING for s in self._holdings.sessions.values()):
+        while self._preloads and not self._holdings.loading:
             name = self._preloads.pop(0)
             item = self._items.get(name)
             if item is None or name in self._holdings.sessions or not self._may_start(item):

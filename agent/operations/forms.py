@@ -1,8 +1,8 @@
 """Prepared forms in the catalog: what they depend on, and what they become on the engine's shelf. Pure.
 
 A record stands in the version's choice, under ``forms`` by candidate: a key of everything that it depends on, the
-figures of the forms and of the plain model, and the part that holds the prepared file. Where the key no longer holds, a
-model is opened as it came, until new forms have been made.
+figures of the forms and of the plain model, how many threads a session is to have, and the part that holds the prepared
+file. Where the key no longer holds, a model is opened as it came, until new forms have been made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #: Where prepared files stand among a version's parts. No file of a bundle has a slash in its name.
 PREFIX = "prepared/"
 #: Raised when what is prepared, or how it is chosen, changes.
-_RECIPE = 3
+_RECIPE = 4
 _RUNTIME, _PROVIDER = "onnx", "CPUExecutionProvider"
 
 
@@ -80,13 +80,27 @@ def forms_hold(entry: VersionEntry, key: FormKey) -> bool:
     return isinstance(record, dict) and record.get("key") == now and _file_of(entry, record) is not _MISSING
 
 
+def _record_now(entry: VersionEntry, candidate: str, key: FormKey) -> Mapping[str, Any] | None:
+    """The record of a candidate, where its key holds."""
+    record = records_of(entry).get(candidate)
+    variant_id, _, provider = candidate.partition("@")
+    if not isinstance(record, dict) or record.get("key") != (key(entry.manifest.variant(variant_id), provider) or None):
+        return None
+    return record
+
+
+def shelved_threads(entry: VersionEntry, candidate: str, key: FormKey, most: int) -> int:
+    """How many threads a session of a candidate is to have: ``most`` where fewer were not found to do."""
+    threads = (_record_now(entry, candidate, key) or {}).get("threads")
+    return min(threads, most) if isinstance(threads, int) and threads > 0 else most
+
+
 def shelved_forms(
     entry: VersionEntry, candidate: str, plain: Form, key: FormKey, open_blob: OpenBlob
 ) -> tuple[Form, ...]:
     """The forms to open a candidate in; empty where it is opened as it came, and nothing more is known."""
-    record = records_of(entry).get(candidate)
-    variant_id, _, provider = candidate.partition("@")
-    if not isinstance(record, dict) or record.get("key") != (key(entry.manifest.variant(variant_id), provider) or None):
+    record = _record_now(entry, candidate, key)
+    if record is None:
         return ()
     ref = _file_of(entry, record)
     if ref is _MISSING:

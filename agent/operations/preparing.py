@@ -65,6 +65,7 @@ class FormMaker:
             "key": key,
             "forms": [figures.to_json() for figures in found.forms],
             "plain": found.plain.to_json() if found.plain else None,
+            "threads": found.threads,
             "part": None,
             "note": found.note,
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -169,6 +169,12 @@ class Quality:
             return ""
         shares = (now.correct / now.judged, first.correct / first.judged)
         return f"{shares[0]:.1%} of its answers are right over {len(last)} days, {shares[1]:.1%} were at first"
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Model, version, and why its answers are held to be worse than at first, of each of which they are."""
+        for model, version in self._histories:
+            if problem := self.problem(model, version):
+                yield model, version, problem
 
     # -- keeping ------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from agent.infer import cascade as stages
 from agent.infer.cascade import splits
 from agent.infer.shelf import CacheLimits, Option, Served, Shelf
 from agent.operations.batching import Wish, as_wanted, shelved_batching
-from agent.operations.forms import FormKey, no_forms, shelved_forms
+from agent.operations.forms import FormKey, no_forms, shelved_forms, shelved_threads
 from agent.store.document import BlobRef, CatalogDocument, ModelEntry, VersionEntry
 
 if TYPE_CHECKING:
@@ -109,13 +109,15 @@ def _served(
             missing.append(f"{variant_id} is damaged or missing")
             continue
         measured: dict[str, Any] = entry.measurements.get(candidate, {})
-        key = measured.get("key") or {}
+        most_threads = int((measured.get("key") or {}).get("threads", threads))
+        batching = shelved_batching(entry, candidate, wish)
+        joins = batching is not None and batching.size > 1  # a batch gains from threads where a lone request does not
         option = Option(
             candidate=candidate,
             variant=variant_id,
             runtime=variant.runtime,
             provider=provider,
-            threads=int(key.get("threads", threads)),
+            threads=most_threads if joins else shelved_threads(entry, candidate, form_key, most_threads),
             need_mb=_need_mb(measured, ref),
             open_model=partial(open_blob, ref),
             p95_ms=measured.get("p95_ms"),
@@ -124,7 +126,7 @@ def _served(
             size=ref.size,
             load_s=_load_s(measured),
             shares=variant.runtime == "tflite",  # it maps the file and leaves the weights there
-            batching=shelved_batching(entry, candidate, wish),
+            batching=batching,
             p50_ms=measured.get("p50_ms"),
             joules=measured.get("joules"),
             quality=qualities.get(candidate),

@@ -35,7 +35,7 @@ class ModelServer(Protocol):
         """Whether requests can be answered."""
         ...
 
-    def index(self) -> list[dict[str, Any]]:
+    def index(self) -> Sequence[Mapping[str, str]]:
         """Every model version: name, version, state, reason."""
         ...
 
@@ -159,7 +159,7 @@ class Inference:
                 raise _closed(name) from None
             raise
 
-    def _visible(self, peer: Peer) -> list[dict[str, Any]]:
+    def _visible(self, peer: Peer) -> list[Mapping[str, str]]:
         return [entry for entry in self._models.index() if self._rules.allowed(peer, entry["name"])]
 
     # Server.

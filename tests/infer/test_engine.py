@@ -498,6 +498,9 @@ def test_metadata_and_index_tell_the_truth():
             {"name": "broken", "version": "1.0.0", "state": "UNAVAILABLE", "reason": "fp32 is damaged or missing"},
             {"name": "m", "version": "1.0.0", "state": "READY", "reason": ""},
         ]
+        engine.put(shelf(empty))
+        assert [row["name"] for row in engine.index()] == ["broken"]
+        engine.put(shelf(served("m", option(Blob(onnx_models.linear()))), empty))
         assert not engine.model_ready("broken")
         with pytest.raises(DamagedError, match="damaged or missing"):
             await answer(engine, "broken")

@@ -12,7 +12,7 @@ import pytest
 from agent.base.clock import SystemClock
 from agent.base.errors import TryLaterError
 from agent.infer import sandbox
-from agent.infer.forms import ROUTES, Figures, choose_forms, needs_file
+from agent.infer.forms import ROUTES, Figures, choose_forms, choose_threads, needs_file
 from agent.infer.landlock import abi_version
 from agent.infer.preparing import prepared
 from agent.infer.runtimes.base import PLAIN, LoadOptions, Route, load_runtime
@@ -95,12 +95,21 @@ def test_figures_survive_the_catalog_and_nonsense_does_not():
             Figures.from_json({**one.to_json(), **change})
 
 
+def test_threads_are_had_only_where_they_gain():
+    assert choose_threads({1: 0.0120, 2: 0.0120}) == 1  # 20 KB: ONNX Runtime makes nothing parallel
+    assert choose_threads({1: 0.0542, 2: 0.0660, 4: 0.0641}) == 1
+    assert choose_threads({1: 0.0102, 2: 0.0100}) == 1
+    assert choose_threads({1: 7.8, 2: 5.9}) == 2
+    assert choose_threads({1: 8.0, 2: 4.1, 4: 4.0}) == 2
+    assert choose_threads({1: 8.0, 2: 4.3, 3: 3.2, 4: 2.4}) == 4
+
+
 # -- the making -------------------------------------------------------------------------------------------------------
 
 
-def entrant(data, runtime="onnx", provider=CPU):
+def entrant(data, runtime="onnx", provider=CPU, threads=1):
     key = measurement_key(
-        variant_digest="x", runtime=runtime, runtime_version="1", provider=provider, threads=1, features={}
+        variant_digest="x", runtime=runtime, runtime_version="1", provider=provider, threads=threads, features={}
     )
     return Entrant(f"x@{provider}", key, lambda: hold([memoryview(data)], len(data)))
 
@@ -112,8 +121,8 @@ def plan(**changes):
     return TrialPlan(**{**defaults, **changes})
 
 
-def making(data, around=None, **changes):
-    return prepared(entrant(data), plan(**changes), around or Surroundings(SystemClock()), seconds=0.5)
+def making(data, around=None, threads=1, **changes):
+    return prepared(entrant(data, threads=threads), plan(**changes), around or Surroundings(SystemClock()), seconds=0.5)
 
 
 def deep(layers=64, side=128):
@@ -157,6 +166,16 @@ def test_a_model_is_prepared_and_each_route_of_its_file_answers_the_same():
         descriptor = found.descriptor
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+@needs_landlock
+def test_a_model_that_gains_nothing_from_threads_gets_one_unless_requests_may_be_larger():
+    with making(onnx_models.heavy(side=32, layers=4, rows=1), threads=4) as found:
+        assert found.threads == 1
+    with making(onnx_models.heavy(side=32, layers=4), threads=4) as found:
+        assert found.threads is None
+    with making(onnx_models.heavy(side=32, layers=4, rows=1)) as found:
+        assert found.threads is None  # there is but one
 
 
 @needs_landlock

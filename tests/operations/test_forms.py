@@ -6,20 +6,24 @@ import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from agent.base.clock import SystemClock
+from agent.base.config import BatchingConfig, ModelConfig
 from agent.base.errors import DamagedError, TryLaterError
-from agent.bundles.manifest import Variant
+from agent.bundles.manifest import BatchingPolicy, Variant
 from agent.hardware.facts import Facts
 from agent.hardware.profiles import FALLBACK
 from agent.infer import preparing
 from agent.infer.forms import Figures
+from agent.infer.gains import Gain
 from agent.infer.landlock import abi_version
 from agent.infer.runtimes.base import PLAIN, Route
 from agent.infer.runtimes.probe import source_version
 from agent.infer.trial import Surroundings
+from agent.operations.batching import gain_record
 from agent.operations.forms import PREFIX, form_keys, forms_hold, records_of
 from agent.operations.install import AddRequest, Installer, Preparing, Serving
 from agent.operations.measured import Choice, DeviceView
@@ -77,15 +81,30 @@ class Device:
         model = self.store.document.models["m"]
         return model.versions[model.active]
 
+    def note(self, record, **more):
+        """Write that record, and what else a choice may hold, into the catalog."""
+
+        def change(document):
+            model = document.models["m"]
+            entry = model.versions[model.active]
+            choice = {**entry.choice, "forms": {CANDIDATE: record}, **more}
+            versions = {model.active: entry.model_copy(update={"choice": choice})}
+            return document.model_copy(update={"models": {"m": model.model_copy(update={"versions": versions})}})
+
+        self.store.commit(change)
+
     def record(self):
         return records_of(self.entry).get(CANDIDATE)
 
     def parts(self):
         return [part for part in self.entry.blobs if part.startswith(PREFIX)]
 
+    def option(self, threads=1, wanted=MappingProxyType({})):
+        shelf = Shelves(self.store.read, threads, self.key).shelf(self.store.document, wanted)
+        return shelf.find("m").options[0]
+
     def forms(self):
-        shelf = Shelves(self.store.read, 1, self.key).shelf(self.store.document)
-        return shelf.find("m").options[0].forms
+        return self.option().forms
 
 
 @pytest.fixture(autouse=True)
@@ -261,20 +280,32 @@ def test_a_record_that_is_not_what_it_should_be_counts_as_none(device, tmp_path,
         "part": min(device.entry.blobs),
     }
     good["forms"] = [figures.to_json()]
-
-    def with_record(record):
-        def change(document):
-            model = document.models["m"]
-            entry = model.versions[model.active]
-            choice = {**entry.choice, "forms": {CANDIDATE: record}}
-            versions = {model.active: entry.model_copy(update={"choice": choice})}
-            return document.model_copy(update={"models": {"m": model.model_copy(update={"versions": versions})}})
-
-        device.store.commit(change)
-
-    with_record(good)
+    device.note(good)
     assert [form.route for form in device.forms()] == [Route("mapped")]
-    with_record({**good, **spoil})
+    device.note({**good, **spoil})
     assert device.forms() == ()
-    with_record({**good, "forms": [replace(figures, route=PLAIN).to_json()], "part": None})
+    device.note({**good, "forms": [replace(figures, route=PLAIN).to_json()], "part": None})
     assert [form.name for form in device.forms()] == ["plain"]
+
+
+def test_a_session_has_as_many_threads_as_were_found_to_gain(device, tmp_path):
+    device.add(onnx_models.linear(), tmp_path)
+    key = device.key(device.entry.manifest.variants[0], "CPUExecutionProvider")
+    for found, threads in ((1, 1), (2, 2), (None, 4), (8, 4), (0, 4), ("2", 4)):
+        device.note({"key": key, "forms": [], "part": None, "threads": found})
+        assert device.option(4).threads == threads
+    device.note({"key": "other", "forms": [], "part": None, "threads": 1})
+    assert device.option(4).threads == 4
+
+
+def test_a_model_whose_requests_are_joined_keeps_all_threads(device, tmp_path):
+    """A batch gains from them where a lone request does not."""
+    device.add(onnx_models.linear(), tmp_path)
+    key = device.key(device.entry.manifest.variants[0], "CPUExecutionProvider")
+    policy = BatchingPolicy(max_size=8, max_delay_us=1000)
+    gain = gain_record({"key": None}, policy, Gain(((1, 0.010), (8, 0.020)), 64))
+    device.note({"key": key, "forms": [], "part": None, "threads": 1}, batching={CANDIDATE: gain})
+    joined = {"m": ModelConfig(batching=BatchingConfig(max_size=8, max_delay_us=1000))}
+    assert device.option(4, joined).batching.size == 8
+    assert device.option(4, joined).threads == 4
+    assert device.option(4).threads == 1
