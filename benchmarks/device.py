@@ -67,9 +67,9 @@ class Device:
         return self._found.threads
 
     @property
-    def workers(self) -> int:
-        """Runs at once."""
-        return self._found.workers
+    def places(self) -> int:
+        """Threads of runs at once."""
+        return self._found.places
 
     def add(self, path: Path, name: str, shapes: Mapping[str, list[int]] | None = None) -> VersionEntry:
         """``models add``: returns what the catalog has of it. ``shapes``: of made-up inputs, where an axis is free."""
@@ -85,7 +85,7 @@ class Device:
 
     def engine(self, budget_mb: float, **limits: Any) -> Engine:
         """The engine with everything that was added. For the event loop's thread."""
-        engine = Engine(EngineLimits(budget_mb, workers=self.workers, **limits), self._runtimes.load)
+        engine = Engine(EngineLimits(budget_mb, places=self.places, **limits), self._runtimes.load)
         engine.put(self.shelf())
         return engine
 

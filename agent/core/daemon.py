@@ -148,7 +148,7 @@ class Core:
         limits = EngineLimits(
             device.budget_mb,
             config.server.queue_per_model,
-            device.workers,
+            device.places,
             keep_s=float("inf") if keep == "forever" else keep,
             weigh_s=_WEIGH_S,
             give_back_s=_GIVE_BACK_LOCKED_S if self._pages.locked else _GIVE_BACK_S,

@@ -37,9 +37,9 @@ class Device:
     budget_mb: float
 
     @property
-    def workers(self) -> int:
-        """How many runs may go on at once without fighting for cores."""
-        return max(1, len(self.cpus) // self.threads)
+    def places(self) -> int:
+        """How many threads runs may have at once without fighting for cores."""
+        return max(1, len(self.cpus) // self.threads) * self.threads
 
 
 def look_at_device(paths: Paths, config: Config, root: Path | None = None) -> Device:

@@ -195,6 +195,7 @@ def described(resident: Resident) -> dict[str, Any]:
         "variant": resident.option.variant,
         "backend": resident.session.provider,
         "form": resident.form.name,
+        "threads": resident.option.threads,
         "mb": round((resident.form.session + (resident.form.size if resident.form.shares else 0)) / (1 << 20), 1),
         "degraded": bool(resident.degraded_because),
         "reason": resident.degraded_because,

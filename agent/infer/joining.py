@@ -48,7 +48,7 @@ class Means:
     ``closing`` says so.
     """
 
-    submit: Callable[[str, Callable[[], Any]], Job]
+    submit: Callable[[str, Callable[[], Any], int], Job]
     withdraw: Callable[[Job], None]
     guarded: Callable[[Resident, Callable[[], Any]], Any]
     ended: Callable[[Resident, InferRequest | None, int, int], None]
@@ -57,7 +57,7 @@ class Means:
     too_long: Callable[[Resident], None]
     closing: Callable[[], bool]
     halts: set[Halt]
-    lanes: int
+    places: int
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +78,7 @@ class Joint:
     def __init__(self, resident: Resident, batching: Batching, means: Means) -> None:
         self._resident = resident
         self._means = means
-        self._lanes = means.lanes if resident.turn is None else 1
+        self._lanes = max(1, means.places // resident.option.threads) if resident.turn is None else 1
         self._queue = Queue(self._pace(batching))
         self.batching = batching
         self._members: dict[int, Joining] = {}
@@ -256,7 +256,7 @@ class Joint:
 
     def _submit(self, under_way: _UnderWay) -> None:
         work = partial(self._means.guarded, self._resident, partial(self._run, under_way))
-        under_way.job = self._means.submit(self._resident.name.model, work)
+        under_way.job = self._means.submit(self._resident.name.model, work, self._resident.option.threads)
         under_way.job.future.add_done_callback(partial(self._ended, under_way))
         self._look(under_way)
 

@@ -39,7 +39,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """Bytes of everything loaded, requests that may wait for one model, threads that run sessions, loads at once.
+    """Bytes of everything loaded, requests that may wait for one model, threads of all runs at once, loads at once.
 
     ``lanes``: of three, two may be slow loads. **Measured** on two cores with 1,000 models: with one slow load at a
     time they waited for each other five times as long as they took.
@@ -51,7 +51,7 @@ class EngineLimits:
 
     budget_mb: float
     queue_per_model: int = 64
-    workers: int = 1
+    places: int = 1
     load_s: float = 300.0
     lanes: int = 3
     keep_s: float = tiers.FOREVER

@@ -44,7 +44,7 @@ class Running:
         self._loader = standing.loader
         self._limits = limits
         self._fence = fence
-        self._runners = Runners(limits().workers)
+        self._runners = Runners(limits().places)
         self._guard = LoopGuard()
         self._unfit: dict[str, str] = {}  # why requests are not joined, by the digest of the option
         self._closing = False
@@ -116,7 +116,7 @@ class Running:
             self._loader.release(resident.name, wishes.keep_s)
             raise
         work = partial(self._guarded, resident, partial(respond, resident, request, arrived, halt))
-        job = self._runners.submit(resident.name.model, work)
+        job = self._runners.submit(resident.name.model, work, resident.option.threads)
         self.halts.add(halt)
         job.future.add_done_callback(partial(self._release, resident, request, halt, wishes))
         return job
@@ -186,7 +186,7 @@ class Running:
             too_long=self._standing.keep_off_the_loop,
             closing=lambda: self._closing,
             halts=self.halts,
-            lanes=self._limits().workers,
+            places=self._limits().places,
         )
 
     def _ended_together(self, resident: Resident, request: InferRequest | None, rows: int, compute_us: int) -> None:

@@ -78,12 +78,12 @@ def soon(seconds=20.0):
     return time.monotonic() + seconds
 
 
-def drive(story, budget_mb=100.0, queue=8, workers=2, load=load_runtime):
+def drive(story, budget_mb=100.0, queue=8, places=2, load=load_runtime):
     """Run ``story(engine)`` on a loop of its own, and close the engine whatever happens."""
 
     async def main():
         damage = []
-        engine = Engine(EngineLimits(budget_mb, queue, workers), load, lambda key, opt, reason: damage.append(reason))
+        engine = Engine(EngineLimits(budget_mb, queue, places), load, lambda key, opt, reason: damage.append(reason))
         engine.damage = damage
         try:
             return await asyncio.wait_for(story(engine), 60)
@@ -183,7 +183,7 @@ def test_a_session_that_takes_one_run_at_a_time_gets_no_second_one():
         assert watch.runs == 8
         assert watch.most_at_once == 1
 
-    drive(story, workers=4, load=watch)
+    drive(story, places=4, load=watch)
 
 
 @pytest.mark.usefixtures("unhurried")

@@ -86,7 +86,7 @@ def test_a_deadline_ends_the_run_and_gives_its_thread_back():
         await until(lambda: not engine._running.halts)
         await answer(engine, "m")
 
-    drive(story, workers=1)
+    drive(story, places=1)
 
 
 def test_a_caller_that_has_gone_takes_its_run_along():
@@ -115,7 +115,7 @@ def test_one_models_endless_runs_and_long_queue_do_not_hold_up_another():
             hog.cancel()
         await asyncio.wait(hogs)
 
-    drive(story, workers=1)
+    drive(story, places=1)
 
 
 def test_the_stop_ends_runs_that_would_go_on_for_ever():
@@ -129,7 +129,7 @@ def test_the_stop_ends_runs_that_would_go_on_for_ever():
             with pytest.raises((DeadlineError, asyncio.CancelledError)):
                 await hog
 
-    drive(story, workers=1)
+    drive(story, places=1)
 
 
 def test_a_session_that_took_far_more_than_measured_is_dropped_and_its_memory_comes_back():
@@ -200,6 +200,62 @@ def test_models_take_turns_however_long_one_queue_is():
         assert order == ["a0", "b0", "a1", "b1", "a2", "a3"]
 
     on_runners(story, patience_s=20)
+
+
+def test_a_run_takes_a_place_for_each_of_its_threads():
+    gates = [threading.Event() for _ in range(4)]
+
+    async def story(runners):
+        one = runners.submit("a", lambda: gates[0].wait(20))
+        two = runners.submit("b", lambda: gates[1].wait(20))
+        wide = runners.submit("c", lambda: gates[2].wait(20), 8)  # as many as there are
+        late = runners.submit("d", lambda: gates[3].wait(20))
+        assert (one.started, two.started, wide.started, late.started) == (True, True, False, False)
+        gates[0].set()
+        await one.future
+        assert not wide.started
+        assert not late.started  # there is a place, but it was not here first
+        gates[1].set()
+        await two.future
+        assert wide.started
+        assert not late.started
+        gates[2].set()
+        await wide.future
+        assert late.started
+        gates[3].set()
+        await late.future
+        assert runners._places == 2
+
+    on_runners(story, places=2, patience_s=20)
+
+
+def test_who_waited_behind_one_that_needed_more_goes_on_when_that_is_withdrawn():
+    gate = threading.Event()
+
+    async def story(runners):
+        first = runners.submit("a", lambda: gate.wait(20))
+        wide = runners.submit("b", lambda: None, 2)
+        late = runners.submit("c", lambda: 7)
+        assert not late.started
+        runners.withdraw(wide)
+        assert await late.future == 7
+        gate.set()
+        await first.future
+
+    on_runners(story, places=2, patience_s=20)
+
+
+def test_a_long_run_gives_all_its_places_up():
+    gate = threading.Event()
+
+    async def story(runners):
+        long = runners.submit("a", lambda: gate.wait(20), 2)
+        assert await runners.submit("b", lambda: 7, 2).future == 7
+        gate.set()
+        await long.future
+        assert runners._places == 2
+
+    on_runners(story, places=2)
 
 
 def test_what_nobody_waits_for_is_not_begun():

@@ -96,7 +96,7 @@ def test_what_comes_while_a_run_goes_on_runs_together_and_each_gets_its_own_rows
         [row] = engine.loaded()
         assert (row["batching"]["size"], row["batching"]["runs"], row["batching"]["requests"]) == (8, 2, 5)
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 def test_without_being_asked_for_nothing_is_joined():
@@ -109,7 +109,7 @@ def test_without_being_asked_for_nothing_is_joined():
         assert all("batch" not in response.parameters for response in seen)
         assert engine.loaded()[0]["batching"] is None
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 def test_where_it_does_not_pay_each_runs_alone_and_status_says_why():
@@ -121,7 +121,7 @@ def test_where_it_does_not_pay_each_runs_alone_and_status_says_why():
         assert watch.runs == 5
         assert engine.loaded()[0]["batching"]["reason"] == "does not pay"
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 def test_one_bad_member_fails_alone():
@@ -149,7 +149,7 @@ def test_one_bad_member_fails_alone():
         assert [response.outputs[0].array.tolist() for response in (seen[0], *seen[2:])] == [[1.0]] * 3
         assert {"x": (4,)} in watch.shapes
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 def test_a_wrong_request_is_refused_before_it_joins_and_costs_the_others_nothing():
@@ -165,7 +165,7 @@ def test_a_wrong_request_is_refused_before_it_joins_and_costs_the_others_nothing
         while engine.loaded():  # nobody holds it any more, the refused ones neither
             await asyncio.sleep(0.01)
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 def test_only_the_same_shapes_outputs_and_parameters_are_joined():
@@ -185,7 +185,7 @@ def test_only_the_same_shapes_outputs_and_parameters_are_joined():
         assert [one.outputs[0].array.shape for one in seen] == [one.inputs[0].array.shape for one in given]
         assert [one.parameters["batch"] for one in seen] == [4, 2, 4, 1, 2, 1, 4]
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 class Turnstile:
@@ -219,7 +219,7 @@ def test_a_deadline_ends_one_member_and_not_the_batch():
         watch.gate.set()
         assert (await patient).parameters["batch_requests"] == 2
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 def test_whoever_goes_away_leaves_the_others_in_peace_and_the_session_free():
@@ -243,7 +243,7 @@ def test_whoever_goes_away_leaves_the_others_in_peace_and_the_session_free():
         while engine.memory()["hot"]:
             await asyncio.sleep(0.01)
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 def test_the_urgent_go_first():
@@ -267,7 +267,7 @@ def test_the_urgent_go_first():
         await asyncio.gather(first, *others)
         assert order == ["urgent", "urgent", "usual", "usual", "low", "low"]
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 def test_a_session_that_takes_one_run_at_a_time_gets_one_batch_at_a_time():
@@ -284,7 +284,7 @@ def test_a_session_that_takes_one_run_at_a_time_gets_one_batch_at_a_time():
         assert watch.most_at_once == 1
         assert watch.runs < 20
 
-    drive(story, queue=64, workers=4, load=watch)
+    drive(story, queue=64, places=4, load=watch)
 
 
 def test_a_session_whose_requests_wait_is_not_closed_for_another_model():
@@ -309,7 +309,7 @@ def test_a_session_whose_requests_wait_is_not_closed_for_another_model():
         await other
         assert [row["model"] for row in engine.loaded()] == ["other"]
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 def one_more():
@@ -341,7 +341,7 @@ def test_a_model_whose_answers_cannot_be_parted_is_found_out_and_answered_singly
         await behind_a_run(engine, watch, [()] * 3)
         assert watch.runs == ran + 8, "forgotten with the session"
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 class LongTogether(Held):
@@ -378,7 +378,7 @@ def test_a_batch_that_takes_far_too_long_is_ended_and_its_members_run_alone():
         assert [one.outputs[0].array.shape for one in seen] == [(1, 4)] * 3
         assert all("batch" not in one.parameters for one in seen)
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 @pytest.mark.usefixtures("unhurried")
@@ -421,7 +421,7 @@ def test_a_new_shelf_changes_how_requests_are_joined():
         await behind_a_run(engine, watch, [()] * 4)
         assert watch.runs == 10
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 def test_the_engine_stops_while_batches_wait_and_run():
@@ -452,7 +452,7 @@ def test_a_batch_that_holds_the_loop_up_is_ended_and_the_model_leaves_the_loop()
         assert asyncio.iscoroutine(later)
         await later
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)
 
 
 def test_a_bad_member_on_the_loop_fails_alone():
@@ -502,4 +502,4 @@ def test_a_provider_that_is_lost_in_a_batch_is_told_to_every_member_at_once():
         assert all(isinstance(one, ProviderLostError) for one in seen)
         assert lost == [3]
 
-    drive(story, workers=1, load=watch)
+    drive(story, places=1, load=watch)

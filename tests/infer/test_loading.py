@@ -28,7 +28,7 @@ def drive(story, load=load_runtime, **limits):
     """As in test_engine, with any limits."""
 
     async def main():
-        engine = Engine(EngineLimits(**{"budget_mb": 100.0, "workers": 2, **limits}), load)
+        engine = Engine(EngineLimits(**{"budget_mb": 100.0, "places": 2, **limits}), load)
         try:
             return await asyncio.wait_for(story(engine), 60)
         finally:
@@ -455,7 +455,7 @@ def test_the_backend_is_told_as_before():
             {
                 "model": "m", "version": "1.0.0", "requested_variant": "fp32", "requested_backend": CPU,
                 "variant": "fp32", "backend": CPU, "form": "plain", "mb": 10.0, "degraded": False, "reason": "",
-                "on_request": False, "batching": None, "pinned": False,
+                "threads": 1, "on_request": False, "batching": None, "pinned": False,
             }
         ]  # fmt: skip
 

@@ -291,9 +291,9 @@ def served(model, *options):
     )
 
 
-def drive(story, *models, workers=4):
+def drive(story, *models, places=4):
     async def main():
-        engine = Engine(EngineLimits(100.0, 64, workers), load_runtime)
+        engine = Engine(EngineLimits(100.0, 64, places), load_runtime)
         engine.put(Shelf({(m.model, m.version): m for m in models}, {m.model: m.version for m in models}))
         try:
             return await asyncio.wait_for(story(engine), 60)
