@@ -139,7 +139,7 @@ def _status(arguments: argparse.Namespace, paths: Paths) -> int:
     names = {row["name"] for row in result["models"]}
     versions = f"{len(result['models'])} version{'' if len(result['models']) == 1 else 's'}"
     print(f"models     {len(names)} in {versions}, {len(result['loaded'])} loaded")
-    print(f"memory     {result['memory_budget_mb']} MB for models, {result['threads']} threads a run")
+    print(f"memory     {result['memory_budget_mb']} MB for models, up to {result['threads']} threads a run")
     if caches := result["caches"]:
         entries, size = sum(row["entries"] for row in caches), sum(row["bytes"] for row in caches)
         print(

@@ -148,7 +148,7 @@ class Running:
         if not done.cancelled() and done.exception() is None:  # seen: nobody may be waiting any more
             compute_us = done.result().parameters["compute_us"]
             resident.ran(request, compute_us)
-            self._standing.consider_change(resident, compute_us)
+            self._standing.consider_change(resident)
         self._drop_outgrown(resident)
         if resident.turn is not None:
             resident.turn.release()
@@ -193,7 +193,7 @@ class Running:
         if request is not None:
             resident.ran(request, compute_us)
         if rows:
-            self._standing.consider_change(resident, compute_us // rows)
+            self._standing.consider_change(resident)
         self._drop_outgrown(resident)
 
     def _not_joinable(self, resident: Resident, reason: str) -> None:

@@ -351,13 +351,16 @@ class Standing:
             self._judge(self._hot.get(key, resident))
         return self.steering.lost.get(provider, "")
 
-    def consider_change(self, resident: Resident, compute_us: int) -> None:
-        """Let the form for the long run take over once the first one's runs have cost more than its load would."""
-        last = resident.option.ways()[-1]
+    def consider_change(self, resident: Resident) -> None:
+        """After a run: let the form for the long run take over once the first one's runs have cost more than its load.
+
+        By what was measured of both side by side: this run may have taken longer for many another reason.
+        """
+        form, last = resident.form, resident.option.ways()[-1]
         lane = _lane(resident.name)
-        if last.name == resident.form.name or last.run_s is None or lane in self._changing:
+        if last.name == form.name or last.run_s is None or form.run_s is None or lane in self._changing:
             return
-        resident.wasted_s += max(0.0, compute_us / 1e6 - last.run_s)
+        resident.wasted_s += max(0.0, form.run_s - last.run_s)
         if resident.wasted_s > last.load_s and not resident.retired and not self._closing:
             resident.wasted_s = 0.0
             self._change(lane, self._lease_form(resident, last))

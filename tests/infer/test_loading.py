@@ -312,6 +312,20 @@ def test_closing_waits_for_the_session_that_is_let_go_because_a_load_ended_meanw
     drive(story)
 
 
+def test_runs_that_others_slow_down_are_no_reason_for_another_form():
+    """On a busy device each run takes many times what was measured, in either form."""
+    made = two_forms(small())
+    forms = (replace(made.forms[0], run_s=1e-6), replace(made.forms[1], run_s=1e-7, load_s=1e-4))
+
+    async def story(engine):
+        engine.put(shelf(served("m", replace(made, forms=forms))))
+        for _ in range(20):
+            await answer(engine, "m")
+        assert engine.loaded()[0]["form"] == "quick"
+
+    drive(story)
+
+
 def test_a_form_that_does_not_pay_does_not_take_over():
     async def story(engine):
         engine.put(shelf(served("m", two_forms(small(), steady_run_s=10.0))))
