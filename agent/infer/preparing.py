@@ -102,7 +102,10 @@ def _prepare(
         _figures(route, answer, size if route == PLAIN else prepared_size) for (route, _), answer in found.items()
     ]
     chosen = _chosen(measured, target, lambda route: _agrees(child, plan, (route, all_threads)))
-    return replace(chosen, threads=_threads(child, plan, seconds, chosen.forms, all_threads))
+    try:
+        return replace(chosen, threads=_threads(child, plan, seconds, chosen.forms, all_threads))
+    except ChildError as error:  # the forms were judged before, and their file is sealed
+        return replace(chosen, note=chosen.note or f"its threads could not be compared: {error}"[:300])
 
 
 def _compare(

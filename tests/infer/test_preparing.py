@@ -11,7 +11,8 @@ import pytest
 
 from agent.base.clock import SystemClock
 from agent.base.errors import TryLaterError
-from agent.infer import sandbox
+from agent.infer import preparing, sandbox
+from agent.infer.children import ChildError
 from agent.infer.forms import ROUTES, Figures, choose_forms, choose_threads, needs_file
 from agent.infer.landlock import abi_version
 from agent.infer.preparing import prepared
@@ -176,6 +177,19 @@ def test_a_model_that_gains_nothing_from_threads_gets_one_unless_requests_may_be
         assert found.threads is None
     with making(onnx_models.heavy(side=32, layers=4, rows=1)) as found:
         assert found.threads is None  # there is but one
+
+
+@needs_landlock
+def test_a_child_that_ends_over_the_threads_takes_no_form_with_it(monkeypatch):
+    def end(child, *_):
+        child.close()
+        raise ChildError("hung", "took too long")
+
+    monkeypatch.setattr(preparing, "_threads", end)
+    with making(deep(), threads=4) as found:
+        assert found.forms
+        assert found.threads is None
+        assert "threads could not be compared" in found.note or "nothing answers sooner" in found.note
 
 
 @needs_landlock
