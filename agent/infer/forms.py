@@ -22,8 +22,8 @@ _NEAR = 1.1
 _GAIN = 0.9
 #: Two forms are worth two loads when the first one answers in so much of the other's time.
 _FIRST_GAIN = 0.75
-#: More threads are worth having when a run with them takes so much less of the time of one with fewer.
-_THREADS_GAIN = 0.95
+#: Runs with more threads that save less than this share, or ``_TIE_S``, save nothing.
+_THREADS_TIE = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def choose_threads(runs: Mapping[int, float]) -> int:
     models of up to 2 MB ran 10 to 20 % faster without.
     """
     best_s = min(runs.values())
-    return min(count for count, run_s in runs.items() if run_s * _THREADS_GAIN <= best_s)
+    return min(count for count, run_s in runs.items() if run_s <= max(best_s * _THREADS_TIE, best_s + _TIE_S))
 
 
 def needs_file(chosen: Sequence[Figures]) -> bool:

@@ -181,8 +181,9 @@ def _chosen(figures: Sequence[Figures], descriptor: int, agrees: Callable[[Route
 
 def _agrees(child: ChildProcess, plan: TrialPlan, way: _Way) -> str:
     """Empty where its answers are right, else what is wrong with them."""
-    (kind, prepack), threads = (way[0].kind, way[0].prepack), way[1]
-    answer = child.call("agree", plan.check_timeout_s, route=[kind, prepack], threads=threads, metric=plan.metric)
+    route, threads = way
+    asked = [route.kind, route.prepack]
+    answer = child.call("agree", plan.check_timeout_s, route=asked, threads=threads, metric=plan.metric)
     if plan.open_golden is None:
         return "" if answer.get("same") is True else "its answers are not the plain model's"
     value = answers.optional_number(answer, "agreement")
