@@ -191,6 +191,10 @@ class Loader:
         self._reserved = size
         self._set_budget(MIB)
 
+    def has_room(self, name: SessionName) -> bool:
+        """Whether it could be loaded now and nothing would have to go."""
+        return self._machine.has_room(name)
+
     def tier(self, name: SessionName) -> str:
         """hot, loading, warm or cold."""
         return self._machine.tier(name)

@@ -97,6 +97,13 @@ class Residency:
         plaintext = self._holdings.plaintexts.get(item.blob) if item is not None else None
         return "warm" if plaintext is not None and plaintext.state is State.READY else "cold"
 
+    def has_room(self, name: Name) -> bool:
+        """Whether it could be loaded now and nothing would have to go, though a load takes more than what it leaves."""
+        item = self._items.get(name)
+        if item is None or name in self._holdings.sessions or self._waiting or not self._may_start(item):
+            return False
+        return self._need(item, twice=True) <= self._budget - self.held
+
     def touch(self, name: Name, now: float, keep_s: float | None = None) -> bool:
         """One use that is over at once, of a session that is free; False where it is not, and then nothing happened."""
         session = self._holdings.sessions.get(name)

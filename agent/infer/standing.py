@@ -354,7 +354,8 @@ class Standing:
     def consider_change(self, resident: Resident) -> None:
         """After a run: let the form for the long run take over once the first one's runs have cost more than its load.
 
-        By what was measured of both side by side: this run may have taken longer for many another reason.
+        By what was measured of both side by side: this run may have taken longer for many another reason. Only into room
+        that nobody needs: where models come and go, each would be loaded twice, and others for having gone for it.
         """
         form, last = resident.form, resident.option.ways()[-1]
         lane = _lane(resident.name)
@@ -363,10 +364,11 @@ class Standing:
         resident.wasted_s += max(0.0, form.run_s - last.run_s)
         if resident.wasted_s > last.load_s and not resident.retired and not self._closing:
             resident.wasted_s = 0.0
-            self._change(lane, self._lease_form(resident, last))
+            name = _name(resident.served, resident.option, last)
+            if self.loader.has_room(name):
+                self._change(lane, self._lease_session(name))
 
-    async def _lease_form(self, resident: Resident, form: Form) -> Resident:
-        name = _name(resident.served, resident.option, form)
+    async def _lease_session(self, name: SessionName) -> Resident:
         await self.loader.lease(name)
         return self._residents[name]
 

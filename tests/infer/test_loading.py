@@ -336,6 +336,21 @@ def test_a_form_that_does_not_pay_does_not_take_over():
     drive(story)
 
 
+def test_the_form_for_the_long_run_displaces_nobody_and_comes_once_there_is_room():
+    async def story(engine):
+        models = (served("m", two_forms(small())), served("other", option(small(), need_mb=20)))
+        engine.put(shelf(*models))
+        for name in ("other", *["m"] * 20):
+            await answer(engine, name)
+        assert {row["model"]: row["form"] for row in engine.loaded()} == {"m": "quick", "other": "plain"}
+        assert engine.memory()["demoted"] == 0
+        engine.unload("other")
+        while engine.loaded()[0]["form"] != "steady":
+            await answer(engine, "m")
+
+    drive(story, budget_mb=30)
+
+
 def test_a_prepared_form_that_cannot_be_had_leaves_the_plain_one_and_nothing_degrades():
     plain = small()
 

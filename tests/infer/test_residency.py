@@ -358,6 +358,22 @@ def test_preloads_fill_what_room_there_is_and_take_nothing_from_anybody():
     assert tiers_of(made) == {"a": "hot", "b": "hot", "c": "warm", "d": "cold"}
 
 
+def test_there_is_room_where_a_load_fits_twice_and_takes_nothing_from_anybody():
+    steady = item(20, plaintext=10, blob="A")
+    made = device(80, a=item(5, plaintext=10, blob="A", shares=True), steady=steady, b=item(26), c=item(1))
+    assert not made.machine.has_room("unknown")
+    hot(made, "a")
+    assert made.machine.has_room("steady")  # its plaintext is there
+    made.ask("c")
+    assert not made.machine.has_room("steady")  # the lane is taken
+    made.settle()
+    assert made.machine.has_room("steady")
+    hot(made, "b")
+    assert made.used == 42
+    assert not made.machine.has_room("steady")
+    assert not made.machine.has_room("a")  # it is there
+
+
 # -- the order of going -----------------------------------------------------------------------------------------------
 
 
