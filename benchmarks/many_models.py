@@ -438,6 +438,8 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=12, help="cold answers measured alone, a class")
     parser.add_argument("--folder", type=Path, help="where the models lie meanwhile (8 GB for 1,000)")
     options = parser.parse_args()
+    if options.folder is not None and not options.folder.is_dir():
+        parser.error(f"--folder: no folder {options.folder}")
     options.models = options.models or (100 if options.quick else 1000)
     options.seconds = options.seconds or (20.0 if options.quick else 300.0)
     sys.setswitchinterval(0.0005)  # the clients are threads: one that has its answer must not wait for another's work

@@ -354,8 +354,8 @@ class Standing:
     def consider_change(self, resident: Resident) -> None:
         """After a run: let the form for the long run take over once the first one's runs have cost more than its load.
 
-        By what was measured of both side by side: this run may have taken longer for many another reason. Only into room
-        that nobody needs: where models come and go, each would be loaded twice, and others for having gone for it.
+        By what was measured of both side by side: this run may have taken longer for many another reason. Only into
+        room that nobody needs: where models come and go each would be loaded twice, and others for having gone for it.
         """
         form, last = resident.form, resident.option.ways()[-1]
         lane = _lane(resident.name)
