@@ -46,6 +46,7 @@ from agent.base.paths import Paths
 from agent.bundles.agreement import agreement, load_golden
 from agent.bundles.manifest import Manifest, parse_manifest
 from agent.core.device import look_at_device
+from agent.infer.runtimes.onnx import spinning
 from agent.infer.trial import Surroundings
 from agent.operations.choosing import DeviceView, Known, TrialSettings, VariantChooser
 from agent.selection.inventory import InstalledRuntime, RuntimeInventory
@@ -214,7 +215,8 @@ def _quality(path: Path, reference: Any) -> float:
 def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in spinning(onnxruntime.__version__).items():  # as the agent has it
+        options.add_session_config_entry(name, value)
     return onnxruntime.InferenceSession(path, options, providers=[CPU])
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #: Where prepared files stand among a version's parts. No file of a bundle has a slash in its name.
 PREFIX = "prepared/"
 #: Raised when what is prepared, or how it is chosen, changes.
-_RECIPE = 4
+_RECIPE = 5
 _RUNTIME, _PROVIDER = "onnx", "CPUExecutionProvider"
 
 
